@@ -1,0 +1,49 @@
+"""Write a folder with a model of a Pythia's shape and random weights, for runs where the hub can't be reached.
+
+python benchmark/random_model.py --tokenizer FOLDER --output FOLDER/pythia-14m
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+SHAPES = {  # hidden size, layers, heads
+    "pythia-14m": (128, 6, 4),
+    "pythia-70m": (512, 6, 8),
+    "pythia-160m": (768, 12, 12),
+    "pythia-410m": (1024, 24, 16),
+    "pythia-1b": (2048, 16, 8),
+    "pythia-2.8b": (2560, 32, 32),
+}
+
+
+@dataclass
+class Args:
+    tokenizer: str  # folder of the GPT-NeoX tokenizer that all Pythia models use
+    output: str  # folder to write
+    shape: Literal[tuple(SHAPES)] = "pythia-14m"  # whose sizes to take
+    seed: int = 0  # of the weights
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    hidden, layers, heads = SHAPES[args.shape]
+    config = GPTNeoXConfig(
+        vocab_size=50304,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(args.seed)
+    model = GPTNeoXForCausalLM(config)
+    model.save_pretrained(args.output)
+    AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(args.output)
+    print(f"{args.output}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, random weights")

@@ -1,0 +1,500 @@
+"""P3O-V2: Pairwise Proximal Policy Optimization with joint clipping (Wu et al. 2023, arXiv 2310.00212).
+
+Sample two responses to a prompt, score both, and raise the log-probability of one against the other in proportion to
+the difference of their rewards. What is added to all rewards of a prompt cancels, so no value function is needed.
+
+Objective    max_θ  E[ r(x, y) ] − β KL( π_θ ‖ π_ref )            x ~ prompts, y ~ π_θ(·|x)
+
+Pairwise policy gradient, two samples y_1, y_2 ~ π_old(·|x):
+    h_i = log π_θ(y_i) − log π_ref(y_i)                            log-ratio to the reference (SFT) policy
+    q   = sg[ (r_1 − r_2) − β (h_1 − h_2) ]                        signal: rewards r (centred, scaled) less KL penalty
+    ρ_i = π_θ(y_i) / π_old(y_i)                                    sequence-level importance ratio
+    w   = sg[ clip(ρ_1 ρ_2, 1/R, R) ]                              importance weight of the pair; sg: no gradient
+    Δ   = log ρ_1 − log ρ_2
+    L   = ½ · mean over prompts of  max( −q w Δ,  −q w clip(Δ, −ε, ε) )        (V2: one clip for the pair, jointly)
+
+With K > 2 responses a prompt (--num-responses) the mean is over all K(K−1)/2 pairs. Shapes: B prompts, K responses to
+each, N = B·K rows, T response tokens, V vocabulary, D hidden size. Prompts and responses are lists of 1-D id tensors,
+nothing padded; `logprobs` are per token, `logps` their sums over a response.
+
+    python p3o_v2.py                                    the embedded tiny world, 2 minutes on a laptop
+    python p3o_v2.py --model pythia-1b --dataset hh     one GPU; starts from what sft.py and reward_model.py saved
+    python p3o_v2.py --model FOLDER --dataset FILE.jsonl --reward-fn my_reward.py:f
+"""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import datasets
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from accelerate import Accelerator
+from huggingface_hub import HfApi, constants
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+TINY = Path(__file__).parent / "tiny"
+
+
+def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_bound):
+    """P3O-V2 loss (paper: algorithm 1 with joint clipping), mean over prompts and the pairs of their K responses.
+
+    logps, old_logps, ref_logps: [B, K], log π_θ(y), log π_old(y), log π_ref(y), nats; rewards: [B, K], scaled;
+    beta: β; clip_range: ε, 0 for no clipping; ratio_bound: R. Returns (scalar loss, dict of detached scalars)."""
+    first, second = torch.combinations(torch.arange(logps.shape[1], device=logps.device)).T  # the P = K(K−1)/2 pairs
+    logratio = logps - old_logps  # log ρ                                            [B, K]
+    h = (logps - ref_logps).detach()  # of the current π_θ: the KL penalty enters here and nowhere else  [B, K]
+    q = (rewards[:, first] - rewards[:, second]) - beta * (h[:, first] - h[:, second])  # [B, P]
+    w = (logratio[:, first] + logratio[:, second]).detach().exp().clamp(1 / ratio_bound, ratio_bound)  # [B, P]
+    delta = logratio[:, first] - logratio[:, second]  # Δ                            [B, P]
+    losses = -q * w * delta
+    clipped_losses = -q * w * delta.clamp(-clip_range, clip_range) if clip_range > 0 else losses
+    loss = 0.5 * torch.maximum(losses, clipped_losses).mean()
+    ratio = logratio.detach().exp()
+    metrics = {
+        "policy/loss": loss.detach(),
+        "policy/ratio_mean": ratio.mean(),
+        "policy/ratio_max": ratio.max(),
+        "policy/clipfrac": (clipped_losses > losses).double().mean(),
+        "policy/approx_kl": (ratio - 1 - logratio.detach()).mean(),
+        "policy/pair_weight_mean": (0.5 * q * w).mean(),  # the ascent coefficient of ∇(h_1 − h_2)
+        "policy/pair_weight_std": (0.5 * q * w).std(correction=0),
+    }
+    return loss, metrics
+
+
+@dataclass
+class Args:
+    # Run
+    seed: int = 1  # of the sampling noise, the order of the data and any new weights
+    output_dir: str = ""  # the run's folder (default: runs/SCRIPT/DATASET/MODEL)
+    overwrite: bool = False  # replace the run that the folder holds
+    # Model, rewards, data
+    model: str = "tiny"  # tiny (embedded), a short name (pythia-14m … pythia-12b), a hub id, or a folder
+    reward_model: str = ""  # folder or hub id, fed this model's token ids (default: what reward_model.py saved for it)
+    reward_fn: str = ""  # FILE.py:f, in place of a model: f(prompts: list[str], responses: list[str]) -> list[float]
+    gold_fn: str = ""  # FILE.py:f, the true reward of the same form where one is known; only ever evaluated
+    dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
+    max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
+    max_response_tokens: int = 128  # length limit of a response
+    # Sizes
+    num_updates: int = 60  # rounds of sampling, each with its epochs (online), or optimizer steps at most (offline)
+    prompts_per_update: int = 64  # prompts sampled in an update
+    num_responses: int = 2  # responses sampled to each prompt, K
+    num_epochs: int = 4  # passes over the samples of an update
+    minibatch_size: int = 16  # prompts with all responses (online), pairs or rows (offline) per optimizer step
+    micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
+    # Optimiser
+    learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
+    weight_decay: float = 1e-6  # AdamW's, decoupled
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # decay rates of AdamW's two moments
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
+    # Evaluation on held-out prompts; there is always one before training and one after
+    eval_every: int = 20  # updates between evaluations (0: only these two)
+    eval_prompts: int = 256  # held-out prompts used, the first ones
+    # Algorithm
+    temperature: float = 1.0  # of the distribution sampled from, in every log-probability and KL too
+    missing_eos_penalty: float = 0.0  # subtracted from the score of a response cut at the length limit
+    beta: float = 0.05  # coefficient of the KL penalty
+    clip_range: float = 0.2  # ε (0: no clipping)
+    ratio_bound: float = 10.0  # R, importance weights are kept in [1/R, R]
+
+
+class UserError(Exception):
+    """A mistake in what the user gave, told in one sentence without a traceback; exit code 2."""
+
+
+# -------------------------------------------------------------------------------------------------------- find and load
+def short_name(path):
+    """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
+    record = Path(path).parent / "args.json"
+    saved = json.loads(record.read_text()) if record.is_file() else {}
+    return saved.get("base_name") or re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+
+
+def find_stage(stage, model, dataset):
+    """The model that an earlier stage (sft, reward_model) saved for this base model and dataset: a folder, or None."""
+    if model == "tiny":
+        return f"{TINY}/{stage}"
+    run = Path("runs") / stage / short_name(dataset) / short_name(model)
+    saved = json.loads((run / "args.json").read_text()) if (run / "model").is_dir() else {"base_name": None}
+    same = saved["base_name"] == short_name(model) and saved["args"]["dataset"] == dataset
+    return f"{run}/model" if same and (stage != "sft" or saved["args"]["model"] == model) else None
+
+
+def fetch(kind, name, flag, load):
+    """load(), a hub id only after one request of at most 10 s has found it. Raises UserError with the reason."""
+    try:
+        if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
+            HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
+        return load()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        where = "can be read from there" if Path(name).exists() else "is there, on this machine or on huggingface.co"
+        raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
+
+
+def load_model(auto_class, name, flag, device, new_head=False, **options):
+    """A float32 model in evaluation mode, so without dropout, from a folder or the hub. Raises UserError."""
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
+    if info["missing_keys"] and not new_head:
+        raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
+    return model.to(device)
+
+
+def read_dataset(name, flag):
+    """The splits of a file, folder or hub dataset, training data first, held-out data next. Raises UserError."""
+    path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}.get(name, name)
+    where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
+    splits = fetch("dataset", path, flag, lambda: datasets.load_dataset(where, data_files=files))
+    return [splits[key] for key in ("train", "test", "validation") if key in splits] or list(splits.values())
+
+
+def load_prompts(tokenizer, dataset, max_prompt_tokens):
+    """(train, held-out) prompts as 1-D id tensors, each once: the column `prompt`, or the dialogues in `chosen` up
+    to their last "Assistant:" (HH). Without held-out data a tenth (at most 1,000) is held out. Raises UserError."""
+    parts = read_dataset(dataset, "--dataset")[:2]
+    for i, part in enumerate(parts):
+        column = next((name for name in ("prompt", "chosen") if name in part.column_names), None)
+        if column is None or not all(isinstance(x, str) for x in part[:1][column]):
+            raise UserError(
+                f"--dataset {dataset}: expected strings in a column prompt or chosen; found {part.features}."
+            )
+        ends = [len(x) if column == "prompt" else x.rfind("\n\nAssistant:") + 12 for x in part[column]]
+        parts[i] = list(dict.fromkeys(x[:end] for x, end in zip(part[column], ends) if end != 11))
+    if len(parts) == 1:
+        shuffled = [parts[0][i] for i in torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(0))]
+        cut = min(max(len(shuffled) // 10, 1), 1000)
+        parts = [shuffled[cut:], shuffled[:cut]]
+    for i, name in enumerate(("train", "held-out")):
+        ids = [torch.tensor(x) for x in tokenizer(parts[i]).input_ids]
+        parts[i] = [x for x in ids if 0 < len(x) <= max_prompt_tokens]
+        print(f"{'':14}{len(parts[i]):,} different {name} prompts; {len(ids) - len(parts[i]):,} too long, dropped")
+        if not parts[i]:
+            raise UserError(f"--dataset {dataset}: no {name} prompts are left.")
+    return parts
+
+
+def text_reward(spec, flag, tokenizer):
+    """The function of (prompts, responses) -> [N] float32 that "FILE.py:f" computes from their texts, which are decoded
+    without special tokens, responses with their leading space. Raises UserError."""
+    path, _, name = spec.rpartition(":")
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    function = runpy.run_path(path).get(name) if Path(path).is_file() else None
+    if not callable(function):
+        raise UserError(f"{flag} {spec}: expected FILE.py:function; there is no such file or no such function in it.")
+
+    def score(prompts, responses):
+        texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        whole = tokenizer.batch_decode([torch.cat(row) for row in zip(prompts, responses)], skip_special_tokens=True)
+        return torch.tensor(function(texts, [y[len(x) :] for x, y in zip(texts, whole)]), dtype=torch.float32)
+
+    return score
+
+
+# ------------------------------------------------------------------------------------- sample, log-probabilities, score
+@torch.no_grad()
+def sample_responses(model, prompts, noise, temperature, end_ids):
+    """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
+
+    `noise` [B, K, T]: the one random number behind each token, float64 in [0, 1): a row depends on its own noise alone.
+    Returns N = B·K responses, the K of a prompt side by side, up to and including an id of `end_ids`, and the
+    log-probabilities of their tokens, [N, T] float32, 0 on padding."""
+    (B, K, T), device = noise.shape, model.device
+    noise = noise.view(B * K, T).to(device)
+    input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
+    mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
+    # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = model(input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    cache, logits, mask = out.past_key_values, out.logits.repeat_interleave(K, 0), mask.repeat_interleave(K, 0)
+    cache.batch_repeat_interleave(K)
+    tokens, logprobs = input_ids.new_zeros(B * K, T), torch.zeros(B * K, T, device=device)
+    lengths = input_ids.new_full((B * K,), T)
+    alive = torch.arange(B * K, device=device)  # the rows that have not ended
+    for t in range(T):
+        step_logprobs = F.log_softmax(logits[:, -1].float() / temperature, dim=-1)  # [alive, V]
+        # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
+        cdf = step_logprobs.double().exp().cumsum(-1)
+        token = torch.searchsorted(cdf, noise[alive, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+        tokens[alive, t], logprobs[alive, t] = token.squeeze(1), step_logprobs.gather(1, token).squeeze(1)
+        ended = torch.isin(token.squeeze(1), torch.tensor(end_ids, device=device))
+        lengths[alive[ended]] = t + 1
+        if t == T - 1 or ended.all():
+            break
+        if ended.any():  # finished rows leave the batch
+            going = (~ended).nonzero().squeeze(1)
+            cache.batch_select_indices(going)
+            alive, token, mask = alive[going], token[going], mask[going]
+        mask = F.pad(mask, (0, 1), value=1)
+        logits = model(
+            token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache
+        ).logits
+    return [y[:n] for y, n in zip(tokens.cpu(), lengths)], logprobs[:, : lengths.max()]
+
+
+def response_hidden(model, prompts, responses):
+    """Last hidden states [n, D] at the positions that predict the n response tokens, these tokens [n], the mask [N, T].
+    Rows are padded on the right, where causal attention never looks, so there is no attention mask to get wrong."""
+    rows = [torch.cat([x, y]) for x, y in zip(prompts, responses)]
+    input_ids = pad_sequence(rows, batch_first=True).to(model.device)  # [N, L]
+    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state  # [N, L, D]
+    starts, lengths = torch.tensor([(len(x), len(y)) for x, y in zip(prompts, responses)], device=model.device).T
+    mask = torch.arange(lengths.max(), device=model.device) < lengths[:, None]  # [N, T]
+    row, t = mask.nonzero().T
+    return hidden[row, starts[row] + t - 1], input_ids[row, starts[row] + t], mask
+
+
+def response_logprobs(model, prompts, responses, temperature):
+    """log π(y_t | x, y_<t) of every response token: [N, T] float32, 0 on padding."""
+    hidden, tokens, mask = response_hidden(model, prompts, responses)
+    logits = model.get_output_embeddings()(hidden).float() / temperature  # [n, V], at the response tokens alone
+    logprobs = -F.cross_entropy(logits, tokens, reduction="none")
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+
+
+def response_kl(policy, reference, prompts, responses, temperature):
+    """[N, 2], sums over a response, nats: KL(π_θ ‖ π_ref) over the whole vocabulary; log π_θ(y) − log π_ref(y)."""
+    logprobs = []
+    for model in (policy, reference):
+        hidden, tokens, mask = response_hidden(model, prompts, responses)
+        logprobs.append(F.log_softmax(model.get_output_embeddings()(hidden).float() / temperature, dim=-1))  # [n, V]
+    kl = F.kl_div(logprobs[1], logprobs[0], log_target=True, reduction="none").sum(-1).clamp(min=0)  # [n]
+    logratio = (logprobs[0] - logprobs[1]).gather(1, tokens[:, None]).squeeze(1)
+    sums = torch.zeros(len(mask), 2, dtype=torch.float64, device=mask.device)
+    return sums.index_add(0, mask.nonzero()[:, 0], torch.stack([kl, logratio], dim=1).double())
+
+
+def response_scores(reward_model, prompts, responses):
+    """r(x, y), the reward model's output at the last token of each row: [N] float32."""
+    rows = [torch.cat([x, y]) for x, y in zip(prompts, responses)]
+    input_ids = pad_sequence(rows, batch_first=True).to(reward_model.device)
+    hidden = reward_model.base_model(input_ids, use_cache=False).last_hidden_state  # [N, L, D]
+    last = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
+    return reward_model.score(hidden[torch.arange(len(rows), device=hidden.device), last]).squeeze(-1).float()
+
+
+@torch.no_grad()
+def in_batches(function, prompts, responses, batch_size):
+    """function(prompts, responses) -> [rows, …], taken in batches of like length; [N, …] in the given order, padded."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    rows = [None] * len(order)
+    for part in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+        for i, row in zip(part, function([prompts[i] for i in part], [responses[i] for i in part])):
+            rows[i] = row
+    return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+
+
+def centre_and_scale(scores, running):
+    """Rewards [B, K]: scores less the prompt's mean, over their running root mean square, clipped to ±10; that scale.
+    What is added to all scores of a prompt has no effect. `running`: [sum of squares, degrees of freedom] so far."""
+    deviations = scores.double() - scores.double().mean(1, keepdim=True)
+    running[0] += deviations.square().sum().item()
+    running[1] += deviations.numel() - len(deviations)
+    scale = (running[0] / running[1]) ** 0.5 or 1.0
+    return (deviations / scale).clamp(-10, 10), scale
+
+
+def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature, end_ids, batch_size):
+    """A point of the KL–reward frontier (means over B held-out prompts, standard errors: _se); responses; rewards [B].
+
+    `judges`: {"reward": function of (prompts, responses), and "gold" where there is one}; `sft_rewards` [B]: the SFT
+    policy's. kl and kl_k1 are nats a response, length tokens."""
+    responses, _ = sample_responses(policy, prompts, noise, temperature, end_ids)
+    kl = in_batches(partial(response_kl, policy, reference, temperature=temperature), prompts, responses, batch_size)
+    values = {"kl": kl[:, 0], "kl_k1": kl[:, 1], **{name: f(prompts, responses) for name, f in judges.items()}}
+    values["length"] = torch.tensor([len(y) for y in responses])
+    values["eos_rate"] = torch.tensor([y[-1] in end_ids for y in responses])
+    values["win_rate_vs_sft"] = (values["reward"] - sft_rewards).sign() / 2 + 0.5  # a tie is half a win
+    point = {name: value.double().mean().item() for name, value in values.items()}
+    errors = {f"{name}_se": value.double().std().item() / len(prompts) ** 0.5 for name, value in values.items()}
+    return point | errors, responses, values["reward"]
+
+
+def open_run(folder, args, **record):
+    """Make the run's folder: args.json now; .jsonl files, TensorBoard's, model/ follow. UserError if it is taken."""
+    if folder.is_dir() and any(folder.iterdir()) and not (args.overwrite and (folder / "args.json").is_file()):
+        raise UserError(f"{folder} holds files already. Pass --overwrite to replace a run, or another --output-dir.")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    git = subprocess.run(f"git -C '{TINY.parent}' rev-parse HEAD", shell=True, capture_output=True, text=True)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    record |= {"args": asdict(args), "versions": versions, "git_commit": git.stdout.strip()}
+    (folder / "args.json").write_text(json.dumps(record, indent=1))
+
+
+def log(file, writer, step, values):
+    """Append a line to a .jsonl file of the run, and its numbers to TensorBoard."""
+    with open(file, "a") as stream:
+        stream.write(json.dumps({"step": step, **values}) + "\n")
+    for key, value in values.items():
+        if not isinstance(value, list):
+            writer.add_scalar(f"eval/{key}" if file.stem == "frontier" else key, value, step)
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+def main(args):
+    # ------------------------------------------------------------------------- policy, reference, reward, prompts
+    args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
+    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
+        args.model = f"EleutherAI/{args.model}"
+    if args.num_responses < 2:
+        raise UserError(
+            f"--num-responses {args.num_responses}: P3O compares the responses to a prompt, pass at least 2."
+        )
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPU has no float64
+    policy_path = find_stage("sft", args.model, args.dataset) or args.model
+    policy, reference = (load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device) for _ in range(2))
+    tokenizer = fetch("tokenizer", policy_path, "--model", lambda: AutoTokenizer.from_pretrained(policy_path))
+    ends = (tokenizer.eos_token_id, policy.config.eos_token_id, policy.generation_config.eos_token_id)
+    end_ids = sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
+    reward_path = args.reward_fn or args.reward_model or find_stage("reward_model", args.model, args.dataset)
+    if not reward_path:
+        raise UserError("no reward: run reward_model.py on this dataset, or pass --reward-model or --reward-fn.")
+    print(f"policy        {policy_path} (for --model {args.model}); the reference is the same, frozen")
+    print(f"reward        {reward_path} (--reward-model or --reward-fn change it)")
+    if args.reward_fn:
+        score = text_reward(args.reward_fn, "--reward-fn", tokenizer)
+    else:
+        classifier = partial(load_model, AutoModelForSequenceClassification, num_labels=1)
+        reward_model = classifier(reward_path, "--reward-model", accelerator.device)
+        score = partial(in_batches, partial(response_scores, reward_model), batch_size=args.micro_batch_size)
+    gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
+    judges = {"reward": score} | ({"gold": text_reward(gold_fn, "--gold-fn", tokenizer)} if gold_fn else {})
+    print(f"dataset       {args.dataset} (--dataset changes it)")
+    prompts, eval_prompts = load_prompts(tokenizer, args.dataset, args.max_prompt_tokens)
+    eval_prompts = eval_prompts[: args.eval_prompts]
+
+    # ------------------------------------------------------------------------- run folder, optimiser, randomness
+    base = "tiny" if args.model == "tiny" else short_name(policy_path)
+    folder = Path(args.output_dir or f"runs/p3o_v2/{short_name(args.dataset)}/{base}")
+    open_run(folder, args, script="p3o_v2", base_name=base, policy=policy_path, reward=reward_path)
+    print(f"run folder    {folder} (--output-dir changes it)")
+    writer = SummaryWriter(folder)
+    lr = args.learning_rate or (2e-4 if args.model == "tiny" else 1e-6)  # 1e-6: the authors' for Pythia-1B
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay)
+    generator = torch.Generator().manual_seed(args.seed)  # of the order of the prompts and of the noise of all samples
+    uniform = partial(torch.rand, dtype=torch.float64, generator=generator)
+
+    # ------------------------------------------------------------------------- training
+    B, K, T = args.prompts_per_update, args.num_responses, args.max_response_tokens
+    temperature, max_rows = args.temperature, args.micro_batch_size
+    sft_noise, eval_noise = uniform(2, len(eval_prompts), 1, T, generator=torch.Generator().manual_seed(args.seed))
+    sft_responses, _ = sample_responses(reference, eval_prompts, sft_noise, temperature, end_ids)
+    sft_rewards = score(eval_prompts, sft_responses)
+    queue, running, progress = [], [0.0, 0], tqdm(total=args.num_updates, desc="p3o_v2", unit="update")
+    for update in range(args.num_updates + 1):
+        # 0. Every so often, evaluate the policy as it is after so many updates.
+        if update in (0, args.num_updates) or args.eval_every and update % args.eval_every == 0:
+            evaluation = (eval_prompts, eval_noise, judges, sft_rewards, temperature, end_ids, max_rows)
+            point, responses, rewards = evaluate(policy, reference, *evaluation)
+            log(folder / "frontier.jsonl", writer, update, point)
+            columns = {"prompts": eval_prompts, "sft_responses": sft_responses, "responses": responses}
+            texts = {key: tokenizer.batch_decode(ids, skip_special_tokens=True) for key, ids in columns.items()}
+            writer.add_text("samples", "\n\n".join(" | ".join(map(repr, row)) for row in zip(*texts.values())), update)
+            log(folder / "samples.jsonl", writer, update, {**texts, "rewards": rewards.tolist()})
+            means = ", ".join(f"{key} {value:.3g}" for key, value in point.items() if not key.endswith("_se"))
+            shown = [" ".join(column[update % len(eval_prompts)].split()) for column in texts.values()]
+            tqdm.write("\nafter {} updates: {}\n   prompt {}\n   before {}\n   now    {}".format(update, means, *shown))
+        if update == args.num_updates:
+            break
+
+        # 1. Sample K responses to each of B prompts from the policy as it is now, π_old.
+        clock = [time.perf_counter()]
+        while len(queue) < B:
+            queue += torch.randperm(len(prompts), generator=generator).tolist()
+        batch, queue = [prompts[i] for i in queue[:B]], queue[B:]
+        y, old_logprobs = sample_responses(policy, batch, uniform(B, K, T), temperature, end_ids)
+        x = [prompt for prompt in batch for _ in range(K)]
+        clock.append(time.perf_counter())
+
+        # 2. Score them; a constant added to the scores of a prompt does not reach the rewards.
+        scores = score(x, y).to(policy.device).view(B, K)
+        ended = torch.tensor([row[-1] in end_ids for row in y], device=policy.device).view(B, K)
+        r, scale = centre_and_scale(scores - args.missing_eos_penalty * ~ended, running)  # [B, K]
+        clock.append(time.perf_counter())
+
+        # 3. log π_ref of the responses; log π_old was recorded while sampling.
+        ref_logprobs = in_batches(partial(response_logprobs, reference, temperature=temperature), x, y, max_rows)
+        old_logps, ref_logps = (p.double().sum(1).view(B, K) for p in (old_logprobs, ref_logprobs))
+        clock.append(time.perf_counter())
+
+        # 4. Several epochs over minibatches of prompts, these in micro-batches of rows of like length.
+        lengths = torch.tensor([len(prompt) + len(response) for prompt, response in zip(x, y)]).view(B, K).amax(1)
+        stats, options = Counter(), (args.beta, args.clip_range, args.ratio_bound)
+        for epoch in range(args.num_epochs):
+            for step, minibatch in enumerate(torch.randperm(B, generator=generator).split(args.minibatch_size)):
+                minibatch, new_logps = minibatch[lengths[minibatch].argsort()], []
+                for micro in minibatch.split(max(1, max_rows // K)):
+                    rows = [K * b + k for b in micro.tolist() for k in range(K)]
+                    logprobs = response_logprobs(policy, [x[i] for i in rows], [y[i] for i in rows], temperature)
+                    new_logps.append(logprobs.double().sum(1).view(-1, K))
+                    loss, _ = pairwise_loss(new_logps[-1], *(v[micro] for v in (old_logps, ref_logps, r)), *options)
+                    accelerator.backward(loss * (len(micro) / len(minibatch)))
+                new_logps = torch.cat(new_logps).detach()  # metrics are of the whole minibatch, however it was cut
+                _, metrics = pairwise_loss(new_logps, *(v[minibatch] for v in (old_logps, ref_logps, r)), *options)
+                for key, value in metrics.items():
+                    stats[key] += value.item() * len(minibatch) / (B * args.num_epochs)
+                if epoch == step == 0:  # no gradient step yet: else sampler and training disagree
+                    ratio_init_error = ((new_logps - old_logps[minibatch]).exp() - 1).abs().max().item()
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
+                optimizer.step()
+                optimizer.zero_grad()
+        clock.append(time.perf_counter())
+
+        # 5. Log.
+        seconds, tokens = clock[-1] - clock[0], sum(len(row) for row in y)
+        d = ref_logprobs - old_logprobs  # for the k3 estimate of the KL, which is never negative
+        metrics = {
+            "objective/reward": scores.mean().item(),
+            "objective/reward_std": scores.std().item(),
+            "objective/kl": (d.exp() - 1 - d).sum(1).mean().item(),
+            "objective/kl_k1": (old_logps - ref_logps).mean().item(),
+            "objective/beta_raw": args.beta * scale,
+            "objective/entropy": -old_logps.sum().item() / tokens,
+            "objective/length": tokens / len(y),
+            "objective/eos_rate": ended.double().mean().item(),
+            **stats,
+            "val/ratio_init_error": ratio_init_error,
+            "grad_norm": grad_norm.item(),
+            "lr": optimizer.param_groups[0]["lr"],
+            **{f"time/{name}": b - a for name, a, b in zip(("sample", "score", "logprobs", "train"), clock, clock[1:])},
+            "time/update": seconds,
+            "samples_per_second": len(y) / seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        log(folder / "metrics.jsonl", writer, update + 1, metrics)
+        shown = "reward {objective/reward:.2f}, KL {objective/kl_k1:.1f} nats, {samples_per_second:.0f} samples/s"
+        progress.set_postfix_str(shown.format_map(metrics))
+        progress.update()
+    writer.close()
+    for part in (policy, tokenizer):
+        part.save_pretrained(folder / "model.tmp")
+    (folder / "model.tmp").rename(folder / "model")  # so that it is whole or not there
+    tqdm.write(f"policy saved in {folder}/model; load it with AutoModelForCausalLM.from_pretrained")
+    return point
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
+    except UserError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,350 @@
+"""Reward model: learn from pairs which of two responses people prefer (Bradley and Terry 1952), RLHF's second stage.
+
+Objective    max_φ  E log σ( r_φ(x, y_w) − r_φ(x, y_l) )
+
+over prompts x with a chosen response y_w and a rejected one y_l. Only differences of scores for the same prompt are
+learned: any δ(x) added to r_φ is as good, which is why P3O, built on differences alone, does not mind it.
+
+r_φ is the SFT policy's trunk with a scalar head, read at the last token of the response (its end-of-sequence token).
+
+Shapes: N rows, T response tokens, D hidden size. Prompts and responses are lists of 1-D id tensors, nothing padded.
+
+    python reward_model.py                                         the embedded tiny world
+    python reward_model.py --model pythia-1b --dataset hh          one GPU; starts from what sft.py saved for these
+    python reward_model.py --model FOLDER --dataset FILE.jsonl     your own: columns prompt, chosen and rejected
+"""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from accelerate import Accelerator
+from huggingface_hub import HfApi, constants
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+TINY = Path(__file__).parent / "tiny"
+
+
+def bradley_terry_loss(chosen_scores, rejected_scores):
+    """−log σ(r(x, y_w) − r(x, y_l)), mean over pairs, and the metrics. Both [N]."""
+    margins = chosen_scores - rejected_scores
+    loss = -F.logsigmoid(margins).mean()
+    wins = (margins > 0).double() + 0.5 * (margins == 0).double()
+    metrics = {"rm/loss": loss.detach(), "rm/accuracy": wins.mean(), "rm/margin": margins.detach().mean()}
+    return loss, metrics
+
+
+@dataclass
+class Args:
+    # Run
+    seed: int = 1  # of the sampling noise, the order of the data and any new weights
+    output_dir: str = ""  # the run's folder (default: runs/SCRIPT/DATASET/MODEL)
+    overwrite: bool = False  # replace the run that the folder holds
+    # Model
+    model: str = "tiny"  # tiny (embedded), a short name (pythia-14m … pythia-12b), a hub id, or a folder
+    # Data
+    dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
+    max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
+    max_response_tokens: int = 128  # length limit of a response
+    # Sizes
+    data_epochs: int = 1  # passes over the training data
+    num_updates: int = 0  # rounds of sampling, each with its epochs (online), or optimizer steps at most (offline)
+    minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
+    micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
+    # Optimiser
+    learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # how the learning rate falls over the run
+    warmup_updates: int = 0  # updates in which the learning rate rises from 0
+    weight_decay: float = 1e-6  # AdamW's, decoupled
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # decay rates of AdamW's two moments
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
+    # Evaluation on held-out prompts; there is always one before training and one after
+    eval_every: int = 200  # updates between evaluations (0: only these two)
+    eval_prompts: int = 2000  # held-out prompts used, the first ones
+
+
+class UserError(Exception):
+    """A mistake in what the user gave, told in one sentence without a traceback; exit code 2."""
+
+
+# -------------------------------------------------------------------------------------------------------- find and load
+def short_name(path):
+    """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
+    record = Path(path).parent / "args.json"
+    saved = json.loads(record.read_text()) if record.is_file() else {}
+    return saved.get("base_name") or re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+
+
+def find_stage(stage, model, dataset):
+    """The model that an earlier stage (sft, reward_model) saved for this base model and dataset: a folder, or None."""
+    if model == "tiny":
+        return f"{TINY}/{stage}"
+    run = Path("runs") / stage / short_name(dataset) / short_name(model)
+    saved = json.loads((run / "args.json").read_text()) if (run / "model").is_dir() else {"base_name": None}
+    same = saved["base_name"] == short_name(model) and saved["args"]["dataset"] == dataset
+    return f"{run}/model" if same and (stage != "sft" or saved["args"]["model"] == model) else None
+
+
+def fetch(kind, name, flag, load):
+    """load(), a hub id only after one request of at most 10 s has found it. Raises UserError with the reason."""
+    try:
+        if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
+            HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
+        return load()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        where = "can be read from there" if Path(name).exists() else "is there, on this machine or on huggingface.co"
+        raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
+
+
+def load_model(auto_class, name, flag, device, new_head=False, **options):
+    """A float32 model in evaluation mode, so without dropout, from a folder or the hub. Raises UserError."""
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
+    if info["missing_keys"] and not new_head:
+        raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
+    return model.to(device)
+
+
+def read_dataset(name, flag):
+    """The splits of a file, folder or hub dataset, training data first, held-out data next. Raises UserError."""
+    path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}.get(name, name)
+    where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
+    splits = fetch("dataset", path, flag, lambda: datasets.load_dataset(where, data_files=files))
+    return [splits[key] for key in ("train", "test", "validation") if key in splits] or list(splits.values())
+
+
+def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_tokens):
+    """(train, held-out) rows of 1-D id tensors, {"prompt", *columns}, responses with one EOS; prints what is left out.
+
+    Data of pairs give demonstrations by their chosen responses. Without a column `prompt`, chosen and rejected are
+    dialogues that share all up to the last "\n\nAssistant:", as in HH. Without held-out data a tenth of the prompts (at
+    most 1,000) is held out. Prompt and response are tokenised apart, as sampling sees them. Raises UserError."""
+    parts, counts = read_dataset(dataset, "--dataset")[:2], Counter()
+    for i, part in enumerate(parts):
+        found, texts = part.column_names, []
+        if not ({"prompt", *columns} <= {*found} or "chosen" in found and ("prompt" in found or "rejected" in found)):
+            wanted = f"the columns prompt, {', '.join(columns)}, or chosen and rejected"
+            raise UserError(f"--dataset {dataset}: expected {wanted}; found {found}.")
+        for key in {"prompt", "chosen", "rejected", *columns} & {*found}:
+            if not all(isinstance(x, str) for x in part[:1][key]):
+                raise UserError(
+                    f"--dataset {dataset}: expected strings in the column {key}; found {part.features[key]}."
+                )
+        for row in part:
+            if "prompt" not in found:
+                at = row["chosen"].rfind("\n\nAssistant:") + 12
+                if at == 11 or row["chosen"][:at] != row["rejected"][:at]:
+                    counts["dropped: chosen and rejected have no prompt in common"] += 1
+                    continue
+                row = {"prompt": row["chosen"][:at], "chosen": row["chosen"][at:], "rejected": row["rejected"][at:]}
+            texts.append({key: row.get(key, row.get("chosen")) for key in ("prompt", *columns)})
+        parts[i] = texts
+    if len(parts) == 1:
+        prompts = list(dict.fromkeys(row["prompt"] for row in parts[0]))
+        shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
+        held = {prompts[i] for i in shuffled[: min(max(len(prompts) // 10, 1), 1000)]}
+        parts = [[row for row in parts[0] if (row["prompt"] in held) == out] for out in (False, True)]
+    for i, name in enumerate(("train", "held-out")):
+        if not parts[i]:
+            raise UserError(f"--dataset {dataset}: there are no {name} rows.")
+        keys, rows = ("prompt", *columns), []
+        ids = [tokenizer([row[key] for row in parts[i]], add_special_tokens=key == "prompt").input_ids for key in keys]
+        for prompt, *responses in zip(*ids):
+            if not prompt or not all(responses):
+                counts["dropped: empty prompt or response"] += 1
+            elif len(prompt) > max_prompt_tokens:
+                counts[f"dropped: prompt of more than {max_prompt_tokens} tokens"] += 1
+            else:
+                responses = [y if y[-1] == tokenizer.eos_token_id else [*y, tokenizer.eos_token_id] for y in responses]
+                counts[f"cut at {max_response_tokens} tokens"] += sum(len(y) > max_response_tokens for y in responses)
+                row = [prompt, *(y[:max_response_tokens] for y in responses)]
+                rows.append({key: torch.tensor(values) for key, values in zip(keys, row)})
+        print(f"{'':14}{len(rows):,} {name} rows" + "".join(f"; {n:,} {what}" for what, n in counts.items() if n))
+        if not rows:
+            raise UserError(f"--dataset {dataset}: no {name} rows are left; see the counts above.")
+        parts[i], counts = rows, Counter()
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------- score
+def response_scores(reward_model, prompts, responses):
+    """r(x, y), the reward model's output at the last token of each row: [N] float32."""
+    rows = [torch.cat([x, y]) for x, y in zip(prompts, responses)]
+    input_ids = pad_sequence(rows, batch_first=True).to(reward_model.device)
+    hidden = reward_model.base_model(input_ids, use_cache=False).last_hidden_state  # [N, L, D]
+    last = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
+    return reward_model.score(hidden[torch.arange(len(rows), device=hidden.device), last]).squeeze(-1).float()
+
+
+@torch.no_grad()
+def in_batches(function, prompts, responses, batch_size):
+    """function(prompts, responses) -> [rows, …], taken in batches of like length; [N, …] in the given order, padded."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    rows = [None] * len(order)
+    for part in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+        for i, row in zip(part, function([prompts[i] for i in part], [responses[i] for i in part])):
+            rows[i] = row
+    return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+
+
+def evaluate_pairs(chosen_scores, rejected_scores):
+    """How far to trust the scores of held-out pairs, both [N]: accuracy, also by tenths of the margin, and calibration.
+
+    rm/eval_ece is the expected calibration error: |share of wins − mean σ(margin)| over ten bins of confidence."""
+    margins = (chosen_scores - rejected_scores).double()
+    wins = (margins > 0).double() + 0.5 * (margins == 0).double()
+    by_size = wins[margins.abs().argsort()]
+    scores = torch.cat([chosen_scores, rejected_scores]).double()
+    point = {
+        "rm/eval_loss": -F.logsigmoid(margins).mean().item(),
+        "rm/eval_accuracy": wins.mean().item(),
+        "rm/eval_score_mean": scores.mean().item(),
+        "rm/eval_score_std": scores.std().item(),
+    }
+    for i, part in enumerate(by_size.tensor_split(10)):
+        point[f"rm/eval_accuracy_decile_{i}"] = part.mean().item()
+    confidence = margins.abs().sigmoid()  # of the model in the response that it prefers
+    bins = ((confidence - 0.5) * 20).long().clamp(max=9)
+    errors = [(bins == i).sum() * (wins[bins == i].mean() - confidence[bins == i].mean()).abs() for i in bins.unique()]
+    return {**point, "rm/eval_ece": (sum(errors) / len(margins)).item()}
+
+
+def open_run(folder, args, **record):
+    """Make the run's folder: args.json now; .jsonl files, TensorBoard's, model/ follow. UserError if it is taken."""
+    if folder.is_dir() and any(folder.iterdir()) and not (args.overwrite and (folder / "args.json").is_file()):
+        raise UserError(f"{folder} holds files already. Pass --overwrite to replace a run, or another --output-dir.")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    git = subprocess.run(f"git -C '{TINY.parent}' rev-parse HEAD", shell=True, capture_output=True, text=True)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    record |= {"args": asdict(args), "versions": versions, "git_commit": git.stdout.strip()}
+    (folder / "args.json").write_text(json.dumps(record, indent=1))
+
+
+def log(file, writer, step, values):
+    """Append a line to a .jsonl file of the run, and its numbers to TensorBoard."""
+    with open(file, "a") as stream:
+        stream.write(json.dumps({"step": step, **values}) + "\n")
+    for key, value in values.items():
+        if not isinstance(value, list):
+            writer.add_scalar(f"eval/{key}" if file.stem == "frontier" else key, value, step)
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+def main(args):
+    # ------------------------------------------------------------------------- model, data
+    args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
+    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
+        args.model = f"EleutherAI/{args.model}"
+    torch.manual_seed(args.seed)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPU has no float64
+    policy_path = find_stage("sft", args.model, args.dataset) or args.model
+    print(f"model         {policy_path} (for --model {args.model}) with a new scalar head")
+    classifier = partial(load_model, AutoModelForSequenceClassification, num_labels=1, new_head=True)
+    reward_model = classifier(policy_path, "--model", accelerator.device)
+    tokenizer = fetch("tokenizer", policy_path, "--model", lambda: AutoTokenizer.from_pretrained(policy_path))
+    if tokenizer.pad_token_id is None and len(tokenizer) < reward_model.config.vocab_size:
+        tokenizer.add_special_tokens(
+            {"pad_token": "[PAD]"}
+        )  # an id of its own: transformers scores the last non-pad token
+    reward_model.config.pad_token_id = tokenizer.pad_token_id
+    print(f"dataset       {args.dataset} (--dataset changes it)")
+    limits = (args.max_prompt_tokens, args.max_response_tokens)
+    rows, eval_rows = load_rows(tokenizer, args.dataset, ("chosen", "rejected"), *limits)
+    eval_rows = eval_rows[: args.eval_prompts]
+
+    # ------------------------------------------------------------------------- run folder, optimiser
+    base = "tiny" if args.model == "tiny" else short_name(policy_path)
+    folder = Path(args.output_dir or f"runs/reward_model/{short_name(args.dataset)}/{base}")
+    open_run(folder, args, script="reward_model", base_name=base, policy=policy_path)
+    print(f"run folder    {folder} (--output-dir changes it)")
+    writer = SummaryWriter(folder)
+    per_epoch = math.ceil(len(rows) / args.minibatch_size)
+    num_updates = min(args.num_updates or math.inf, args.data_epochs * per_epoch)
+    lr = args.learning_rate or (1e-3 if args.model == "tiny" else 1e-5)
+    optimizer = torch.optim.AdamW(reward_model.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay)
+    scheduler = transformers.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, num_updates)
+    order = torch.Generator().manual_seed(args.seed)
+
+    # ------------------------------------------------------------------------- training
+    x, y_w, y_l = ([row[key] for row in rows] for key in ("prompt", "chosen", "rejected"))
+    eval_x, eval_y_w, eval_y_l = ([row[key] for row in eval_rows] for key in ("prompt", "chosen", "rejected"))
+    lengths = torch.tensor([len(prompt) + max(len(a), len(b)) for prompt, a, b in zip(x, y_w, y_l)])
+    queue, progress = [], tqdm(total=num_updates, desc="reward_model", unit="update")
+    for update in range(num_updates + 1):
+        # 0. Every so often, evaluate on held-out pairs.
+        if update in (0, num_updates) or args.eval_every and update % args.eval_every == 0:
+            score = partial(in_batches, partial(response_scores, reward_model), batch_size=args.micro_batch_size)
+            point = evaluate_pairs(score(eval_x, eval_y_w), score(eval_x, eval_y_l))
+            log(folder / "evaluations.jsonl", writer, update, point)
+            accuracy, ece = point["rm/eval_accuracy"], point["rm/eval_ece"]
+            tqdm.write(f"after {update} updates: held-out accuracy {accuracy:.1%}, calibration error {ece:.1%}")
+        if update == num_updates:
+            break
+
+        # 1. One optimizer step on a minibatch, in micro-batches of pairs of like length.
+        start = time.perf_counter()
+        if not queue:
+            queue = list(torch.randperm(len(rows), generator=order).split(args.minibatch_size))
+        minibatch = queue.pop(0)
+        stats = Counter()
+        for micro in minibatch[lengths[minibatch].argsort()].split(max(1, args.micro_batch_size // 2)):
+            pairs = [x[i] for i in micro] * 2, [y_w[i] for i in micro] + [y_l[i] for i in micro]
+            chosen_scores, rejected_scores = response_scores(reward_model, *pairs).chunk(2)
+            loss, metrics = bradley_terry_loss(chosen_scores, rejected_scores)
+            share = len(micro) / len(minibatch)
+            accelerator.backward(loss * share)
+            for key, value in metrics.items():
+                stats[key] += value.item() * share
+        grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+        # 2. Log.
+        seconds = time.perf_counter() - start
+        metrics = {**stats, "grad_norm": grad_norm.item(), "lr": scheduler.get_last_lr()[0], "time/update": seconds}
+        metrics |= {"samples_per_second": len(minibatch) / seconds}
+        log(folder / "metrics.jsonl", writer, update + 1, metrics)
+        shown = {"loss": f"{stats['rm/loss']:.3f}", "accuracy": f"{stats['rm/accuracy']:.2f}"}
+        progress.set_postfix(shown | {"pairs/s": f"{len(minibatch) / seconds:.0f}"})
+        progress.update()
+
+    progress.close()
+    writer.close()
+    if point["rm/eval_accuracy"] <= 0.5:
+        print("warning: on held-out pairs it is no better than chance; do not optimise this reward")
+    for part in (reward_model, tokenizer):
+        part.save_pretrained(folder / "model.tmp")
+    (folder / "model.tmp").rename(folder / "model")  # so that it is whole or not there
+    print(f"reward model saved in {folder}/model; load it with AutoModelForSequenceClassification.from_pretrained")
+    return point
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
+    except UserError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)

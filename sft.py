@@ -1,0 +1,374 @@
+"""SFT: supervised fine-tuning on demonstrations, RLHF's first stage; its policy is the reference of the later ones.
+
+Objective    min_θ  −Σ log π_θ(y_t | x, y_<t) / (number of response tokens)
+
+over prompts x and demonstrated responses y, each with its end-of-sequence token. The sum and the number are those of
+the whole minibatch: a long response counts by its tokens, and how the minibatch is cut for memory changes nothing.
+Prompts are read, not learned.
+
+Shapes: N rows, T response tokens, V vocabulary, D hidden size. Prompts and responses are lists of 1-D id tensors,
+nothing padded; `logprobs` are per token.
+
+    python sft.py                                         the embedded tiny world
+    python sft.py --model pythia-1b --dataset hh          one GPU; learns the chosen responses of a dataset of pairs
+    python sft.py --model FOLDER --dataset FILE.jsonl     your own: columns prompt and completion
+"""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from accelerate import Accelerator
+from huggingface_hub import HfApi, constants
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+TINY = Path(__file__).parent / "tiny"
+
+
+def sft_loss(logprobs, mask):
+    """Negative log-likelihood of the response tokens, their mean in nats, and the metrics.
+
+    logprobs: [N, T] log π_θ(y_t | x, y_<t); mask: [N, T], 1 on response tokens."""
+    loss = -(logprobs * mask).sum() / mask.sum()
+    return loss, {"sft/loss": loss.detach()}
+
+
+@dataclass
+class Args:
+    # Run
+    seed: int = 1  # of the sampling noise, the order of the data and any new weights
+    output_dir: str = ""  # the run's folder (default: runs/SCRIPT/DATASET/MODEL)
+    overwrite: bool = False  # replace the run that the folder holds
+    # Model
+    model: str = "tiny"  # tiny (embedded), a short name (pythia-14m … pythia-12b), a hub id, or a folder
+    # Data
+    dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
+    max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
+    max_response_tokens: int = 128  # length limit of a response
+    # Sizes
+    data_epochs: int = 1  # passes over the training data
+    num_updates: int = 0  # rounds of sampling, each with its epochs (online), or optimizer steps at most (offline)
+    minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
+    micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
+    # Optimiser
+    learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # how the learning rate falls over the run
+    warmup_updates: int = 0  # updates in which the learning rate rises from 0
+    weight_decay: float = 1e-6  # AdamW's, decoupled
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # decay rates of AdamW's two moments
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
+    # Sampling
+    temperature: float = 1.0  # of the distribution sampled from, in every log-probability and KL too
+    # Evaluation on held-out prompts; there is always one before training and one after
+    eval_every: int = 200  # updates between evaluations (0: only these two)
+    eval_prompts: int = 256  # held-out prompts used, the first ones
+
+
+class UserError(Exception):
+    """A mistake in what the user gave, told in one sentence without a traceback; exit code 2."""
+
+
+# -------------------------------------------------------------------------------------------------------- find and load
+def short_name(path):
+    """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
+    record = Path(path).parent / "args.json"
+    saved = json.loads(record.read_text()) if record.is_file() else {}
+    return saved.get("base_name") or re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+
+
+def fetch(kind, name, flag, load):
+    """load(), a hub id only after one request of at most 10 s has found it. Raises UserError with the reason."""
+    try:
+        if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
+            HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
+        return load()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        where = "can be read from there" if Path(name).exists() else "is there, on this machine or on huggingface.co"
+        raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
+
+
+def load_model(auto_class, name, flag, device, new_head=False, **options):
+    """A float32 model in evaluation mode, so without dropout, from a folder or the hub. Raises UserError."""
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
+    if info["missing_keys"] and not new_head:
+        raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
+    return model.to(device)
+
+
+def read_dataset(name, flag):
+    """The splits of a file, folder or hub dataset, training data first, held-out data next. Raises UserError."""
+    path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}.get(name, name)
+    where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
+    splits = fetch("dataset", path, flag, lambda: datasets.load_dataset(where, data_files=files))
+    return [splits[key] for key in ("train", "test", "validation") if key in splits] or list(splits.values())
+
+
+def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_tokens):
+    """(train, held-out) rows of 1-D id tensors, {"prompt", *columns}, responses with one EOS; prints what is left out.
+
+    Data of pairs give demonstrations by their chosen responses. Without a column `prompt`, chosen and rejected are
+    dialogues that share all up to the last "\n\nAssistant:", as in HH. Without held-out data a tenth of the prompts (at
+    most 1,000) is held out. Prompt and response are tokenised apart, as sampling sees them. Raises UserError."""
+    parts, counts = read_dataset(dataset, "--dataset")[:2], Counter()
+    for i, part in enumerate(parts):
+        found, texts = part.column_names, []
+        if not ({"prompt", *columns} <= {*found} or "chosen" in found and ("prompt" in found or "rejected" in found)):
+            wanted = f"the columns prompt, {', '.join(columns)}, or chosen and rejected"
+            raise UserError(f"--dataset {dataset}: expected {wanted}; found {found}.")
+        for key in {"prompt", "chosen", "rejected", *columns} & {*found}:
+            if not all(isinstance(x, str) for x in part[:1][key]):
+                raise UserError(
+                    f"--dataset {dataset}: expected strings in the column {key}; found {part.features[key]}."
+                )
+        for row in part:
+            if "prompt" not in found:
+                at = row["chosen"].rfind("\n\nAssistant:") + 12
+                if at == 11 or row["chosen"][:at] != row["rejected"][:at]:
+                    counts["dropped: chosen and rejected have no prompt in common"] += 1
+                    continue
+                row = {"prompt": row["chosen"][:at], "chosen": row["chosen"][at:], "rejected": row["rejected"][at:]}
+            texts.append({key: row.get(key, row.get("chosen")) for key in ("prompt", *columns)})
+        parts[i] = texts
+    if len(parts) == 1:
+        prompts = list(dict.fromkeys(row["prompt"] for row in parts[0]))
+        shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
+        held = {prompts[i] for i in shuffled[: min(max(len(prompts) // 10, 1), 1000)]}
+        parts = [[row for row in parts[0] if (row["prompt"] in held) == out] for out in (False, True)]
+    for i, name in enumerate(("train", "held-out")):
+        if not parts[i]:
+            raise UserError(f"--dataset {dataset}: there are no {name} rows.")
+        keys, rows = ("prompt", *columns), []
+        ids = [tokenizer([row[key] for row in parts[i]], add_special_tokens=key == "prompt").input_ids for key in keys]
+        for prompt, *responses in zip(*ids):
+            if not prompt or not all(responses):
+                counts["dropped: empty prompt or response"] += 1
+            elif len(prompt) > max_prompt_tokens:
+                counts[f"dropped: prompt of more than {max_prompt_tokens} tokens"] += 1
+            else:
+                responses = [y if y[-1] == tokenizer.eos_token_id else [*y, tokenizer.eos_token_id] for y in responses]
+                counts[f"cut at {max_response_tokens} tokens"] += sum(len(y) > max_response_tokens for y in responses)
+                row = [prompt, *(y[:max_response_tokens] for y in responses)]
+                rows.append({key: torch.tensor(values) for key, values in zip(keys, row)})
+        print(f"{'':14}{len(rows):,} {name} rows" + "".join(f"; {n:,} {what}" for what, n in counts.items() if n))
+        if not rows:
+            raise UserError(f"--dataset {dataset}: no {name} rows are left; see the counts above.")
+        parts[i], counts = rows, Counter()
+    return parts
+
+
+# -------------------------------------------------------------------------------------------- sample, log-probabilities
+@torch.no_grad()
+def sample_responses(model, prompts, noise, temperature, end_ids):
+    """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
+
+    `noise` [B, K, T]: the one random number behind each token, float64 in [0, 1): a row depends on its own noise alone.
+    Returns N = B·K responses, the K of a prompt side by side, up to and including an id of `end_ids`, and the
+    log-probabilities of their tokens, [N, T] float32, 0 on padding."""
+    (B, K, T), device = noise.shape, model.device
+    noise = noise.view(B * K, T).to(device)
+    input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
+    mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
+    # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = model(input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    cache, logits, mask = out.past_key_values, out.logits.repeat_interleave(K, 0), mask.repeat_interleave(K, 0)
+    cache.batch_repeat_interleave(K)
+    tokens, logprobs = input_ids.new_zeros(B * K, T), torch.zeros(B * K, T, device=device)
+    lengths = input_ids.new_full((B * K,), T)
+    alive = torch.arange(B * K, device=device)  # the rows that have not ended
+    for t in range(T):
+        step_logprobs = F.log_softmax(logits[:, -1].float() / temperature, dim=-1)  # [alive, V]
+        # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
+        cdf = step_logprobs.double().exp().cumsum(-1)
+        token = torch.searchsorted(cdf, noise[alive, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+        tokens[alive, t], logprobs[alive, t] = token.squeeze(1), step_logprobs.gather(1, token).squeeze(1)
+        ended = torch.isin(token.squeeze(1), torch.tensor(end_ids, device=device))
+        lengths[alive[ended]] = t + 1
+        if t == T - 1 or ended.all():
+            break
+        if ended.any():  # finished rows leave the batch
+            going = (~ended).nonzero().squeeze(1)
+            cache.batch_select_indices(going)
+            alive, token, mask = alive[going], token[going], mask[going]
+        mask = F.pad(mask, (0, 1), value=1)
+        logits = model(
+            token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache
+        ).logits
+    return [y[:n] for y, n in zip(tokens.cpu(), lengths)], logprobs[:, : lengths.max()]
+
+
+def response_hidden(model, prompts, responses):
+    """Last hidden states [n, D] at the positions that predict the n response tokens, these tokens [n], the mask [N, T].
+    Rows are padded on the right, where causal attention never looks, so there is no attention mask to get wrong."""
+    rows = [torch.cat([x, y]) for x, y in zip(prompts, responses)]
+    input_ids = pad_sequence(rows, batch_first=True).to(model.device)  # [N, L]
+    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state  # [N, L, D]
+    starts, lengths = torch.tensor([(len(x), len(y)) for x, y in zip(prompts, responses)], device=model.device).T
+    mask = torch.arange(lengths.max(), device=model.device) < lengths[:, None]  # [N, T]
+    row, t = mask.nonzero().T
+    return hidden[row, starts[row] + t - 1], input_ids[row, starts[row] + t], mask
+
+
+def response_logprobs(model, prompts, responses, temperature):
+    """log π(y_t | x, y_<t) of every response token: [N, T] float32, 0 on padding."""
+    hidden, tokens, mask = response_hidden(model, prompts, responses)
+    logits = model.get_output_embeddings()(hidden).float() / temperature  # [n, V], at the response tokens alone
+    logprobs = -F.cross_entropy(logits, tokens, reduction="none")
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+
+
+@torch.no_grad()
+def in_batches(function, prompts, responses, batch_size):
+    """function(prompts, responses) -> [rows, …], taken in batches of like length; [N, …] in the given order, padded."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    rows = [None] * len(order)
+    for part in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+        for i, row in zip(part, function([prompts[i] for i in part], [responses[i] for i in part])):
+            rows[i] = row
+    return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+
+
+def open_run(folder, args, **record):
+    """Make the run's folder: args.json now; .jsonl files, TensorBoard's, model/ follow. UserError if it is taken."""
+    if folder.is_dir() and any(folder.iterdir()) and not (args.overwrite and (folder / "args.json").is_file()):
+        raise UserError(f"{folder} holds files already. Pass --overwrite to replace a run, or another --output-dir.")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    git = subprocess.run(f"git -C '{TINY.parent}' rev-parse HEAD", shell=True, capture_output=True, text=True)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    record |= {"args": asdict(args), "versions": versions, "git_commit": git.stdout.strip()}
+    (folder / "args.json").write_text(json.dumps(record, indent=1))
+
+
+def log(file, writer, step, values):
+    """Append a line to a .jsonl file of the run, and its numbers to TensorBoard."""
+    with open(file, "a") as stream:
+        stream.write(json.dumps({"step": step, **values}) + "\n")
+    for key, value in values.items():
+        if not isinstance(value, list):
+            writer.add_scalar(f"eval/{key}" if file.stem == "frontier" else key, value, step)
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+def main(args):
+    # ------------------------------------------------------------------------- model, data
+    args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
+    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
+        args.model = f"EleutherAI/{args.model}"
+    torch.manual_seed(args.seed)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPU has no float64
+    if args.model == "tiny":  # embedded as a configuration: its weights start from nothing
+        policy_path = f"{TINY}/init"
+        policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy_path)).to(accelerator.device).eval()
+    else:
+        policy_path = args.model
+        policy = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device)
+    tokenizer = fetch("tokenizer", policy_path, "--model", lambda: AutoTokenizer.from_pretrained(policy_path))
+    print(f"model         {policy_path} (from --model {args.model})")
+    print(f"dataset       {args.dataset} (--dataset changes it)")
+    limits = (args.max_prompt_tokens, args.max_response_tokens)
+    rows, eval_rows = load_rows(tokenizer, args.dataset, ("completion",), *limits)
+    eval_rows = eval_rows[: args.eval_prompts]
+
+    # ------------------------------------------------------------------------- run folder, optimiser
+    base = "tiny" if args.model == "tiny" else short_name(policy_path)
+    folder = Path(args.output_dir or f"runs/sft/{short_name(args.dataset)}/{base}")
+    open_run(folder, args, script="sft", base_name=base, policy=policy_path)
+    print(f"run folder    {folder} (--output-dir changes it)")
+    writer = SummaryWriter(folder)
+    per_epoch = math.ceil(len(rows) / args.minibatch_size)
+    num_updates = min(args.num_updates or math.inf, args.data_epochs * per_epoch)
+    lr = args.learning_rate or (3e-3 if args.model == "tiny" else 1e-5)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay)
+    scheduler = transformers.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, num_updates)
+    order = torch.Generator().manual_seed(args.seed)
+
+    # ------------------------------------------------------------------------- training
+    x, y = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    eval_x, eval_y = [row["prompt"] for row in eval_rows], [row["completion"] for row in eval_rows]
+    shown_noise = torch.rand(1, 1, args.max_response_tokens, dtype=torch.float64, generator=order)
+    lengths = torch.tensor([len(prompt) + len(response) for prompt, response in zip(x, y)])
+    queue, progress = [], tqdm(total=num_updates, desc="sft", unit="update")
+    for update in range(num_updates + 1):
+        # 0. Every so often, evaluate on held-out rows and show a response.
+        if update in (0, num_updates) or args.eval_every and update % args.eval_every == 0:
+            logprobs = partial(response_logprobs, policy, temperature=args.temperature)
+            total = in_batches(logprobs, eval_x, eval_y, args.micro_batch_size).double().sum().item()
+            loss = -total / sum(len(response) for response in eval_y)
+            log(folder / "evaluations.jsonl", writer, update, {"sft/eval_loss": loss})
+            shown = eval_x[update % len(eval_x)]
+            response, _ = sample_responses(policy, [shown], shown_noise, args.temperature, [tokenizer.eos_token_id])
+            texts = (" ".join(tokenizer.decode(ids).split()) for ids in (shown, response[0]))
+            tqdm.write(
+                f"\nafter {update} updates: held-out loss {loss:.3f} nats a token (perplexity {math.exp(loss):.1f})"
+            )
+            tqdm.write("   prompt   {}\n   response {}".format(*texts))
+        if update == num_updates:
+            break
+
+        # 1. One optimizer step on a minibatch, in micro-batches of rows of like length.
+        start = time.perf_counter()
+        if not queue:
+            queue = list(torch.randperm(len(rows), generator=order).split(args.minibatch_size))
+        minibatch = queue.pop(0)
+        tokens = sum(len(y[i]) for i in minibatch)
+        stats = Counter()
+        for micro in minibatch[lengths[minibatch].argsort()].split(args.micro_batch_size):
+            micro_y = [y[i] for i in micro]
+            logprobs = response_logprobs(policy, [x[i] for i in micro], micro_y, args.temperature)
+            mask = pad_sequence([torch.ones_like(row) for row in micro_y], batch_first=True).to(logprobs.device)
+            loss, metrics = sft_loss(logprobs, mask)
+            share = mask.sum().item() / tokens  # so that the loss is a mean over the tokens of the whole minibatch
+            accelerator.backward(loss * share)
+            for key, value in metrics.items():
+                stats[key] += value.item() * share
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+        # 2. Log.
+        seconds = time.perf_counter() - start
+        metrics = {**stats, "grad_norm": grad_norm.item(), "lr": scheduler.get_last_lr()[0], "time/update": seconds}
+        metrics |= {"samples_per_second": len(minibatch) / seconds, "tokens_per_second": tokens / seconds}
+        log(folder / "metrics.jsonl", writer, update + 1, metrics)
+        progress.set_postfix({"loss": f"{stats['sft/loss']:.3f}", "samples/s": f"{len(minibatch) / seconds:.0f}"})
+        progress.update()
+
+    progress.close()
+    writer.close()
+    for part in (policy, tokenizer):
+        part.save_pretrained(folder / "model.tmp")
+    (folder / "model.tmp").rename(folder / "model")  # so that it is whole or not there
+    print(f"policy saved in {folder}/model; load it with AutoModelForCausalLM.from_pretrained")
+    return {"sft/eval_loss": loss}
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
+    except UserError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,381 @@
+"""The parts that the scripts share, on tiny random models of three shapes, against plain one-row computations."""
+
+import json
+import math
+import random
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import V, build
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast
+
+from p3o_v2 import in_batches, response_kl, response_logprobs, response_scores, sample_responses, text_reward
+from reward_model import bradley_terry_loss
+from sft import sft_loss
+
+PROMPT_LENGTHS, RESPONSE_LENGTHS = (1, 9, 4, 2, 6, 3), (7, 2, 1, 12, 5, 3)
+NEVER = [V]  # an end id that no model can sample
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On models as small as these, threads only wait for each other: ten times as long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def some_ids(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, V, (n,), generator=generator) for n in lengths]
+
+
+def some_rows():
+    return some_ids(PROMPT_LENGTHS, seed=1), some_ids(RESPONSE_LENGTHS, seed=2)
+
+
+def some_noise(*shape, seed=0):
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_distributions(model, prompt, response, temperature):
+    """log π(· | x, y_<t) for every t, from a forward of the one row as it is: [T, V]."""
+    logits = model(torch.cat([prompt, response])[None]).logits[0]
+    return (logits / temperature).log_softmax(-1)[len(prompt) - 1 : -1]
+
+
+def plain_logprobs(model, prompt, response, temperature):
+    return plain_distributions(model, prompt, response, temperature).gather(1, response[:, None])[:, 0]
+
+
+def gradient_of(model, loss):
+    """One vector over all parameters."""
+    parameters = list(model.parameters())
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
+
+
+def assert_same_gradient(found, expected):
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert expected.norm() > 0
+
+
+def test_the_models_are_far_from_uniform(policy):
+    """Else much of this file would test little."""
+    logprobs = plain_distributions(policy, *(ids[1] for ids in some_rows()), 1.0)
+    assert -(logprobs.exp() * logprobs).sum(-1).mean() < 0.8 * math.log(V)
+
+
+# ------------------------------------------------------------------------------------------ log-probabilities of a text
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_plain_forwards(policy, temperature):
+    prompts, responses = some_rows()
+    with torch.no_grad():
+        found = response_logprobs(policy, prompts, responses, temperature)
+        expected = [plain_logprobs(policy, x, y, temperature) for x, y in zip(prompts, responses)]
+    assert found.dtype == torch.float32 and found.shape == (len(prompts), max(RESPONSE_LENGTHS))
+    torch.testing.assert_close(found, pad_sequence(expected, batch_first=True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
+def test_logprobs_do_not_depend_on_order_and_batching(policy, batch_size):
+    prompts, responses = some_rows()
+    order = random.Random(batch_size).sample(range(len(prompts)), len(prompts))
+    function = partial(response_logprobs, policy, temperature=0.7)
+    found = in_batches(function, [prompts[i] for i in order], [responses[i] for i in order], batch_size)
+    expected = [plain_logprobs(policy, prompts[i], responses[i], 0.7) for i in order]
+    torch.testing.assert_close(found, pad_sequence(expected, batch_first=True), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_logprobs_do_not_depend_on_the_other_rows_and_the_padding(policy):
+    prompt, response = (ids[2] for ids in some_rows())
+    alone = response_logprobs(policy, [prompt], [response], 1.0)[0]
+    for seed, lengths in enumerate([(1, 1), (20, 1), (1, 30), (20, 30)]):
+        x, y = some_ids(lengths, seed)
+        for at, (xs, ys) in enumerate([([prompt, x], [response, y]), ([x, prompt], [y, response])]):
+            row = response_logprobs(policy, xs, ys, 1.0)[at]
+            torch.testing.assert_close(row[: len(response)], alone, rtol=1e-5, atol=1e-5)
+            assert (row[len(response) :] == 0).all()
+
+
+@pytest.mark.parametrize("batch_size", [2, 6])
+def test_gradients_are_those_of_plain_forwards(policy, batch_size):
+    prompts, responses = some_rows()
+    weights = torch.randn(6, max(RESPONSE_LENGTHS), generator=torch.Generator().manual_seed(0))
+    expected, found = 0.0, 0.0
+    for x, y, weight in zip(prompts, responses, weights):
+        expected = expected + gradient_of(policy, (weight[: len(y)] * plain_logprobs(policy, x, y, 0.7)).sum())
+    for i in range(0, len(prompts), batch_size):
+        part = slice(i, i + batch_size)
+        logprobs = response_logprobs(policy, prompts[part], responses[part], 0.7)
+        found = found + gradient_of(policy, (weights[part, : logprobs.shape[1]] * logprobs).sum())
+    assert_same_gradient(found, expected)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+def two_end_ids(policy, prompts, noise):
+    """Two tokens that the policy samples often, as end ids, and what it samples where nothing ends a response."""
+    endless, _ = sample_responses(policy, prompts, noise, 1.0, NEVER)
+    counts = torch.bincount(torch.cat(endless), minlength=V)
+    return counts.topk(4).indices[2:].tolist(), endless
+
+
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_recorded_logprobs_are_those_of_the_responses(policy, K, temperature):
+    """Also once trained upon: the first ratios are 1."""
+    prompts, noise = some_ids(PROMPT_LENGTHS), some_noise(len(PROMPT_LENGTHS), K, 16)
+    end_ids, _ = two_end_ids(policy, prompts, noise)
+    responses, recorded = sample_responses(policy, prompts, noise, temperature, end_ids)
+    assert len({len(y) for y in responses}) > 2
+    lengths = torch.tensor([len(y) for y in responses])
+    assert recorded.dtype == torch.float32 and recorded.shape == (len(prompts) * K, lengths.max())
+    assert (recorded[torch.arange(recorded.shape[1]) >= lengths[:, None]] == 0).all()
+    repeated = [x for x in prompts for _ in range(K)]
+    logps = response_logprobs(policy, repeated, responses, temperature).double().sum(1)
+    old_logps = recorded.double().sum(1)
+    torch.testing.assert_close(logps.detach(), old_logps, rtol=0, atol=1e-4)
+    torch.testing.assert_close((logps - old_logps).exp(), torch.ones_like(logps), rtol=0, atol=1e-3)
+    assert ((logps - logps.detach()).exp() == 1).all()
+
+
+def test_tokens_are_those_of_a_plain_sampler(policy):
+    """One row at a time, without a cache: the first token whose cumulative probability exceeds its own noise."""
+    prompts, noise = some_ids(PROMPT_LENGTHS), some_noise(len(PROMPT_LENGTHS), 2, 6)
+    found, _ = sample_responses(policy, prompts, noise, 1.3, NEVER)
+    for row, y in enumerate(found):
+        ids = prompts[row // 2]
+        for u in noise[row // 2, row % 2]:
+            with torch.no_grad():
+                probs = (policy(ids[None]).logits[0, -1].double() / 1.3).softmax(0)
+            ids = torch.cat([ids, (probs.cumsum(0) > u).nonzero()[0]])
+        assert torch.equal(y, ids[len(prompts[row // 2]) :])
+
+
+def test_responses_end_with_their_first_end_id(policy):
+    """And are what is sampled without end ids up to there, whichever rows have ended before."""
+    prompts, noise = some_ids(PROMPT_LENGTHS), some_noise(len(PROMPT_LENGTHS), 3, 16)
+    end_ids, endless = two_end_ids(policy, prompts, noise)
+    assert all(len(y) == 16 for y in endless)
+    responses, _ = sample_responses(policy, prompts, noise, 1.0, end_ids)
+    cut = 0
+    for y, whole in zip(responses, endless):
+        ends = [t for t, token in enumerate(whole.tolist()) if token in end_ids]
+        assert torch.equal(y, whole[: ends[0] + 1] if ends else whole)
+        cut += not ends
+    assert 0 < cut < len(responses)
+    assert {y[-1].item() for y in responses} >= set(end_ids)
+
+
+def test_a_response_does_not_depend_on_the_other_rows(policy):
+    prompts, noise = some_ids(PROMPT_LENGTHS), some_noise(len(PROMPT_LENGTHS), 2, 12)
+    end_ids, _ = two_end_ids(policy, prompts, noise)
+    responses, recorded = sample_responses(policy, prompts, noise, 1.0, end_ids)
+    for i, prompt in enumerate(prompts):
+        for k in range(2):
+            (alone,), logprobs = sample_responses(policy, [prompt], noise[i : i + 1, k : k + 1], 1.0, end_ids)
+            assert torch.equal(alone, responses[2 * i + k])
+            torch.testing.assert_close(logprobs[0], recorded[2 * i + k, : len(alone)], rtol=1e-5, atol=5e-5)
+
+
+def test_the_noise_of_a_row_decides_its_response_alone(policy):
+    prompts, noise = some_ids(PROMPT_LENGTHS), some_noise(len(PROMPT_LENGTHS), 2, 8)
+    before, _ = sample_responses(policy, prompts, noise, 1.0, NEVER)
+    noise[3, 1] = some_noise(8, seed=1)
+    after, _ = sample_responses(policy, prompts, noise, 1.0, NEVER)
+    assert [i for i, (a, b) in enumerate(zip(before, after)) if not torch.equal(a, b)] == [3 * 2 + 1]
+
+
+@torch.no_grad()
+def test_nothing_is_cut_off_the_distribution(policy):
+    """50,000 first tokens at temperature 5: every token of the vocabulary, by chi-square as often as softmax says."""
+    draws, prompt = 50_000, some_ids([2])[0]
+    responses, _ = sample_responses(policy, [prompt], some_noise(1, draws, 1), 5.0, NEVER)
+    counts = torch.bincount(torch.cat(responses), minlength=V).double()
+    expected = draws * (policy(prompt[None]).logits[0, -1].double() / 5).softmax(0)
+    assert expected.min() > 10 and (counts > 0).all()
+    chi_square, degrees = ((counts - expected) ** 2 / expected).sum().item(), V - 1
+    z = ((chi_square / degrees) ** (1 / 3) - 1 + 2 / (9 * degrees)) / math.sqrt(2 / (9 * degrees))  # Wilson, Hilferty
+    assert z < 3.72  # p > 1e-4
+
+
+def policy_with_first_token(shape, probabilities):
+    """A model whose next token has these probabilities, for the first tokens of the vocabulary, whatever the text."""
+    model, logits = build(shape, "policy", seed=4), torch.full((V,), -1e9)
+    logits[: len(probabilities)] = torch.tensor(probabilities, dtype=torch.float64).log().float()
+    head = torch.nn.Linear(32, V)
+    head.weight.data.zero_()
+    head.bias.data.copy_(logits)
+    model.set_output_embeddings(head)
+    return model
+
+
+@pytest.mark.parametrize("rare", [1, 2])
+def test_a_rare_token_has_its_share_of_the_noise(shape, rare):
+    """Of probability 1e-8, amid the cumulative distribution or at its end: noise around it in steps of 1e-10."""
+    probabilities = [0.5, 0.5 - 1e-8]
+    probabilities.insert(rare, 1e-8)
+    steps = torch.arange(-5000, 5000, dtype=torch.float64) * 1e-10
+    noise = 0.5 + steps if rare == 1 else 1 - (steps - steps[0]) - 1e-11
+    model = policy_with_first_token(shape, probabilities)
+    responses, logprobs = sample_responses(model, some_ids([3]), noise.sort().values.view(1, -1, 1), 1.0, NEVER)
+    tokens = torch.cat(responses)
+    assert (tokens.diff() >= 0).all() and set(tokens.tolist()) == ({0, 1, 2} if rare == 1 else {1, 2})
+    assert (tokens == rare).sum().item() == pytest.approx(100, abs=2)
+    torch.testing.assert_close(logprobs[tokens == rare].exp().mean().item(), 1e-8, rtol=1e-4, atol=0)
+
+
+def test_a_token_of_probability_0_is_never_sampled(shape):
+    """Not even by the least and the greatest random numbers."""
+    model = policy_with_first_token(shape, [0.0, 0.3, 0.0, 0.7])
+    noise = torch.tensor([0.0, 2.0**-53, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+    responses, logprobs = sample_responses(model, some_ids([3]), noise.view(1, -1, 1), 1.0, NEVER)
+    assert torch.cat(responses).tolist() == [1, 1, 3, 3]
+    assert logprobs.isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------------------- KL and scores
+@torch.no_grad()
+def test_kl_is_the_exact_sum_over_the_vocabulary(policy, reference):
+    """And beside it the log-ratio of the sampled tokens."""
+    prompts, responses = some_rows()
+    found = response_kl(policy, reference, prompts, responses, 0.7)
+    batched = in_batches(partial(response_kl, policy, reference, temperature=0.7), prompts, responses, 2)
+    for row, (x, y) in enumerate(zip(prompts, responses)):
+        logp, ref_logp = (plain_distributions(model, x, y, 0.7).double() for model in (policy, reference))
+        kl = sum(sum(math.exp(a) * (a - b) for a, b in zip(*pair)) for pair in zip(logp.tolist(), ref_logp.tolist()))
+        logratio = (logp - ref_logp).gather(1, y[:, None]).sum().item()
+        assert found[row].tolist() == pytest.approx([kl, logratio], rel=1e-5, abs=1e-5)
+        assert batched[row].tolist() == pytest.approx([kl, logratio], rel=1e-5, abs=1e-5)
+        assert kl > 0
+
+
+@torch.no_grad()
+def test_kl_of_a_policy_to_itself_is_0(policy):
+    assert (response_kl(policy, policy, *some_rows(), 1.0) == 0).all()
+
+
+@torch.no_grad()
+def test_kl_is_not_negative_for_nearly_equal_policies(shape, policy):
+    """Beyond the rounding of float32 log-probabilities."""
+    near = build(shape, "policy", seed=1)
+    for p in near.parameters():
+        p.mul_(1 + 1e-4 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    kl = response_kl(near, policy, *some_rows(), 1.0)[:, 0]
+    assert (kl > -1e-6).all() and kl.sum() > 0
+
+
+@torch.no_grad()
+def test_scores_are_the_reward_models_own(reward_network):
+    """Its logits for each row alone and without padding, which transformers reads at the last token."""
+    prompts, responses = some_rows()
+    expected = torch.stack([reward_network(torch.cat(row)[None]).logits[0, 0] for row in zip(prompts, responses)])
+    assert expected.std() > 0.1
+    scores = response_scores(reward_network, prompts, responses)
+    assert scores.dtype == torch.float32 and scores.shape == (len(prompts),)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+    batched = in_batches(partial(response_scores, reward_network), prompts, responses, 4)
+    torch.testing.assert_close(batched, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_scores_are_the_reward_models_own(reward_network):
+    prompts, responses = some_rows()
+    expected = sum(
+        i * gradient_of(reward_network, reward_network(torch.cat(row)[None]).logits.sum())
+        for i, row in enumerate(zip(prompts, responses))
+    )
+    scores = response_scores(reward_network, prompts, responses)
+    assert_same_gradient(gradient_of(reward_network, (torch.arange(len(prompts)) * scores).sum()), expected)
+
+
+# --------------------------------------------------------------------------------------- losses of SFT and reward model
+def test_sft_loss_is_the_mean_over_response_tokens():
+    lengths = torch.tensor([3, 1, 5])
+    logprobs = -5 * torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(5) < lengths[:, None]
+    total = sum(logprobs[row, t].item() for row, n in enumerate(lengths.tolist()) for t in range(n))
+    for mask_type in (torch.bool, torch.long):
+        loss, metrics = sft_loss(logprobs, mask.to(mask_type))
+        assert loss.item() == pytest.approx(-total / 9, rel=1e-12)
+        assert metrics["sft/loss"].item() == loss.item()
+
+
+def test_micro_batches_weighted_by_their_tokens_give_the_gradient_of_the_whole(policy):
+    prompts, responses = some_rows()
+    logprobs = torch.cat([plain_logprobs(policy, x, y, 1.0) for x, y in zip(prompts, responses)])
+    expected = gradient_of(policy, -logprobs.mean())
+    found = 0.0
+    for part in (slice(0, 1), slice(1, 3), slice(3, 6)):
+        y = responses[part]
+        mask = pad_sequence([torch.ones_like(row) for row in y], batch_first=True)
+        loss, _ = sft_loss(response_logprobs(policy, prompts[part], y, 1.0), mask)
+        found = found + gradient_of(policy, loss * (mask.sum() / sum(RESPONSE_LENGTHS)))
+    assert_same_gradient(found, expected)
+
+
+def test_bradley_terry_loss_is_the_mean_of_minus_log_sigmoid():
+    chosen = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([0.2, 1.0, 0.5, -1.0], dtype=torch.float64)
+    loss, metrics = bradley_terry_loss(chosen, rejected)
+    margins = (chosen - rejected).tolist()
+    assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins) / 4, rel=1e-12)
+    gradient = torch.autograd.grad(loss, chosen)[0]
+    assert gradient.tolist() == pytest.approx([-1 / (1 + math.exp(m)) / 4 for m in margins], rel=1e-12)
+    assert metrics["rm/accuracy"].item() == (1 + 0 + 0.5 + 1) / 4  # a tie counts half
+    assert metrics["rm/margin"].item() == pytest.approx(sum(margins) / 4)
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_bradley_terry_loss_stays_finite():
+    chosen = torch.tensor([1e4, -1e4], requires_grad=True)
+    loss, _ = bradley_terry_loss(chosen, -chosen.detach())
+    loss.backward()
+    assert loss.item() == pytest.approx(1e4) and chosen.grad.tolist() == [0, -0.5]
+
+
+# ----------------------------------------------------------------------------------------------------- rewards of texts
+def tokenizer_of(kind):
+    """A small one that writes a leading space as Pythia does, or as Llama does, whose decoding drops the first."""
+    metaspace = kind == "metaspace"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace() if metaspace else pre_tokenizers.ByteLevel(False)
+    tokenizer.decoder = decoders.Metaspace() if metaspace else decoders.ByteLevel()
+    alphabet = [] if metaspace else pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["Human: what colour is the sky? Assistant: the sky is blue, I think."], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_a_reward_function_gets_the_texts(tmp_path, monkeypatch, kind):
+    """The responses with their leading space, nothing of special tokens; what it returns comes back in float32."""
+    (tmp_path / "my_reward.py").write_text(
+        "import json, pathlib\n"
+        "def lengths(prompts, responses):\n"
+        "    pathlib.Path(__file__).with_name('seen.json').write_text(json.dumps([prompts, responses]))\n"
+        "    return [len(y) / 3 for y in responses]\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    tokenizer = tokenizer_of(kind)
+    texts = ["what colour is the sky?", "Assistant:"], [" blue, I think", " the sky is blue"]
+    prompts, responses = ([torch.tensor(ids) for ids in tokenizer(part).input_ids] for part in texts)
+    responses[0] = torch.cat([responses[0], torch.tensor([tokenizer.eos_token_id])])
+    score = text_reward(f"{tmp_path}/my_reward.py:lengths", "--reward-fn", tokenizer)
+    rewards = score(prompts, responses)
+    assert json.loads((tmp_path / "seen.json").read_text()) == [*texts]
+    torch.testing.assert_close(rewards, torch.tensor([len(y) / 3 for y in texts[1]]))
+
+
+@pytest.mark.parametrize("spec", ["nowhere.py:f", "my_reward.py:g", "my_reward.py"])
+def test_a_reward_function_that_is_not_there_is_a_mistake_of_the_user(tmp_path, monkeypatch, spec):
+    (tmp_path / "my_reward.py").write_text("def f(prompts, responses):\n    return []\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(Exception, match="--reward-fn") as caught:
+        text_reward(spec, "--reward-fn", None)
+    assert type(caught.value).__name__ == "UserError"
