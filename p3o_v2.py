@@ -91,7 +91,7 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
     max_response_tokens: int = 128  # length limit of a response
     # Sizes
-    num_updates: int = 60  # rounds of sampling, each with its epochs (online), or optimizer steps at most (offline)
+    num_updates: int = 60  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
     prompts_per_update: int = 64  # prompts sampled in an update
     num_responses: int = 2  # responses sampled to each prompt, K
     num_epochs: int = 4  # passes over the samples of an update

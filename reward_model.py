@@ -5,11 +5,11 @@ Objective    max_φ  E log σ( r_φ(x, y_w) − r_φ(x, y_l) )
 over prompts x with a chosen response y_w and a rejected one y_l. Only differences of scores for the same prompt are
 learned: any δ(x) added to r_φ is as good, which is why P3O, built on differences alone, does not mind it.
 
-r_φ is the SFT policy's trunk with a scalar head, read at the last token of the response (its end-of-sequence token).
+r_φ is the SFT policy's trunk with a scalar head, read at the last token: end-of-sequence, unless the response was cut.
 
 Shapes: N rows, T response tokens, D hidden size. Prompts and responses are lists of 1-D id tensors, nothing padded.
 
-    python reward_model.py                                         the embedded tiny world
+    python reward_model.py                                         the embedded tiny world, from its embedded SFT policy
     python reward_model.py --model pythia-1b --dataset hh          one GPU; starts from what sft.py saved for these
     python reward_model.py --model FOLDER --dataset FILE.jsonl     your own: columns prompt, chosen and rejected
 """
@@ -65,7 +65,7 @@ class Args:
     max_response_tokens: int = 128  # length limit of a response
     # Sizes
     data_epochs: int = 1  # passes over the training data
-    num_updates: int = 0  # rounds of sampling, each with its epochs (online), or optimizer steps at most (offline)
+    num_updates: int = 0  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
     minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
     # Optimiser
@@ -140,13 +140,14 @@ def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_token
     parts, counts = read_dataset(dataset, "--dataset")[:2], Counter()
     for i, part in enumerate(parts):
         found, texts = part.column_names, []
-        if not ({"prompt", *columns} <= {*found} or "chosen" in found and ("prompt" in found or "rejected" in found)):
+        needs = [{"prompt", *columns}, {"chosen", "rejected"}] + [{"prompt", "chosen"}] * ("rejected" not in columns)
+        if not any(need <= {*found} for need in needs):
             wanted = f"the columns prompt, {', '.join(columns)}, or chosen and rejected"
             raise UserError(f"--dataset {dataset}: expected {wanted}; found {found}.")
         for key in {"prompt", "chosen", "rejected", *columns} & {*found}:
-            if not all(isinstance(x, str) for x in part[:1][key]):
+            if not all(isinstance(x, str) for x in part[key]):
                 raise UserError(
-                    f"--dataset {dataset}: expected strings in the column {key}; found {part.features[key]}."
+                    f"--dataset {dataset}: column {key} holds {part.features[key]} or null, expected strings."
                 )
         for row in part:
             if "prompt" not in found:
@@ -206,9 +207,9 @@ def in_batches(function, prompts, responses, batch_size):
 
 
 def evaluate_pairs(chosen_scores, rejected_scores):
-    """How far to trust the scores of held-out pairs, both [N]: accuracy, also by tenths of the margin, and calibration.
+    """How far to trust the scores of held-out pairs, both [N]: accuracy, also by tenths of |margin|, and calibration.
 
-    rm/eval_ece is the expected calibration error: |share of wins − mean σ(margin)| over ten bins of confidence."""
+    rm/eval_ece, expected calibration error: ten bins' |share of wins − mean σ(|margin|)|, weighted by their pairs."""
     margins = (chosen_scores - rejected_scores).double()
     wins = (margins > 0).double() + 0.5 * (margins == 0).double()
     by_size = wins[margins.abs().argsort()]
@@ -219,7 +220,7 @@ def evaluate_pairs(chosen_scores, rejected_scores):
         "rm/eval_score_mean": scores.mean().item(),
         "rm/eval_score_std": scores.std().item(),
     }
-    for i, part in enumerate(by_size.tensor_split(10)):
+    for i, part in enumerate(by_size.tensor_split(min(10, len(by_size)))):
         point[f"rm/eval_accuracy_decile_{i}"] = part.mean().item()
     confidence = margins.abs().sigmoid()  # of the model in the response that it prefers
     bins = ((confidence - 0.5) * 20).long().clamp(max=9)
@@ -257,11 +258,11 @@ def main(args):
     torch.manual_seed(args.seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPU has no float64
     policy_path = find_stage("sft", args.model, args.dataset) or args.model
-    print(f"model         {policy_path} (for --model {args.model}) with a new scalar head")
+    print(f"model         {policy_path} ({'no SFT run' if policy_path == args.model else 'SFT'}), new scalar head")
     classifier = partial(load_model, AutoModelForSequenceClassification, num_labels=1, new_head=True)
     reward_model = classifier(policy_path, "--model", accelerator.device)
     tokenizer = fetch("tokenizer", policy_path, "--model", lambda: AutoTokenizer.from_pretrained(policy_path))
-    if tokenizer.pad_token_id is None and len(tokenizer) < reward_model.config.vocab_size:
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and len(tokenizer) < reward_model.config.vocab_size:
         tokenizer.add_special_tokens(
             {"pad_token": "[PAD]"}
         )  # an id of its own: transformers scores the last non-pad token
@@ -315,13 +316,14 @@ def main(args):
             for key, value in metrics.items():
                 stats[key] += value.item() * share
         grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), args.max_grad_norm or math.inf)
+        lr = scheduler.get_last_lr()[0]
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
 
         # 2. Log.
         seconds = time.perf_counter() - start
-        metrics = {**stats, "grad_norm": grad_norm.item(), "lr": scheduler.get_last_lr()[0], "time/update": seconds}
+        metrics = {**stats, "grad_norm": grad_norm.item(), "lr": lr, "time/update": seconds}
         metrics |= {"samples_per_second": len(minibatch) / seconds}
         log(folder / "metrics.jsonl", writer, update + 1, metrics)
         shown = {"loss": f"{stats['rm/loss']:.3f}", "accuracy": f"{stats['rm/accuracy']:.2f}"}

@@ -64,7 +64,7 @@ class Args:
     max_response_tokens: int = 128  # length limit of a response
     # Sizes
     data_epochs: int = 1  # passes over the training data
-    num_updates: int = 0  # rounds of sampling, each with its epochs (online), or optimizer steps at most (offline)
+    num_updates: int = 0  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
     minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
     # Optimiser
@@ -131,13 +131,14 @@ def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_token
     parts, counts = read_dataset(dataset, "--dataset")[:2], Counter()
     for i, part in enumerate(parts):
         found, texts = part.column_names, []
-        if not ({"prompt", *columns} <= {*found} or "chosen" in found and ("prompt" in found or "rejected" in found)):
+        needs = [{"prompt", *columns}, {"chosen", "rejected"}] + [{"prompt", "chosen"}] * ("rejected" not in columns)
+        if not any(need <= {*found} for need in needs):
             wanted = f"the columns prompt, {', '.join(columns)}, or chosen and rejected"
             raise UserError(f"--dataset {dataset}: expected {wanted}; found {found}.")
         for key in {"prompt", "chosen", "rejected", *columns} & {*found}:
-            if not all(isinstance(x, str) for x in part[:1][key]):
+            if not all(isinstance(x, str) for x in part[key]):
                 raise UserError(
-                    f"--dataset {dataset}: expected strings in the column {key}; found {part.features[key]}."
+                    f"--dataset {dataset}: column {key} holds {part.features[key]} or null, expected strings."
                 )
         for row in part:
             if "prompt" not in found:
@@ -342,13 +343,14 @@ def main(args):
             for key, value in metrics.items():
                 stats[key] += value.item() * share
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
+        lr = scheduler.get_last_lr()[0]
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
 
         # 2. Log.
         seconds = time.perf_counter() - start
-        metrics = {**stats, "grad_norm": grad_norm.item(), "lr": scheduler.get_last_lr()[0], "time/update": seconds}
+        metrics = {**stats, "grad_norm": grad_norm.item(), "lr": lr, "time/update": seconds}
         metrics |= {"samples_per_second": len(minibatch) / seconds, "tokens_per_second": tokens / seconds}
         log(folder / "metrics.jsonl", writer, update + 1, metrics)
         progress.set_postfix({"loss": f"{stats['sft/loss']:.3f}", "samples/s": f"{len(minibatch) / seconds:.0f}"})
