@@ -33,6 +33,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import torch
@@ -42,9 +43,11 @@ import tyro
 from accelerate import Accelerator
 from huggingface_hub import HfApi, constants
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -64,15 +67,11 @@ def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_
     clipped_losses = -q * w * delta.clamp(-clip_range, clip_range) if clip_range > 0 else losses
     loss = 0.5 * torch.maximum(losses, clipped_losses).mean()
     ratio = logratio.detach().exp()
-    metrics = {
-        "policy/loss": loss.detach(),
-        "policy/ratio_mean": ratio.mean(),
-        "policy/ratio_max": ratio.max(),
-        "policy/clipfrac": (clipped_losses > losses).double().mean(),
-        "policy/approx_kl": (ratio - 1 - logratio.detach()).mean(),
-        "policy/pair_weight_mean": (0.5 * q * w).mean(),  # the ascent coefficient of ∇(h_1 − h_2)
-        "policy/pair_weight_std": (0.5 * q * w).std(correction=0),
-    }
+    metrics = {"policy/loss": loss.detach(), "policy/clipfrac": (clipped_losses > losses).double().mean()}
+    metrics |= {"policy/ratio_mean": ratio.mean(), "policy/ratio_max": ratio.max()}
+    metrics |= {"policy/approx_kl": (ratio - 1 - logratio.detach()).mean()}
+    pair_weight = 0.5 * q * w  # the ascent coefficient of ∇(h_1 − h_2)
+    metrics |= {"policy/pair_weight_mean": pair_weight.mean(), "policy/pair_weight_std": pair_weight.std(correction=0)}
     return loss, metrics
 
 
@@ -97,6 +96,9 @@ class Args:
     num_epochs: int = 4  # passes over the samples of an update
     minibatch_size: int = 16  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights, sums and the head stay in float32
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
+    unfrozen_layers: int = 0  # train the last layers and the head alone (0: everything)
     # Optimiser
     learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
     weight_decay: float = 1e-6  # AdamW's, decoupled
@@ -147,13 +149,38 @@ def fetch(kind, name, flag, load):
         raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
 
 
-def load_model(auto_class, name, flag, device, new_head=False, **options):
-    """A float32 model in evaluation mode, so without dropout, from a folder or the hub. Raises UserError."""
+def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
+    """A model in evaluation mode, so without dropout, from a folder or the hub; see set_up_model. Raises UserError."""
     options |= {"dtype": torch.float32, "output_loading_info": True}
     model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
     if info["missing_keys"] and not new_head:
         raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
-    return model.to(device)
+    head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 2]])
+    with torch.no_grad():
+        if head and not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), atol=1e-4):
+            raise UserError(f"{flag} {name}: it scales or caps its logits, which is not supported; use another model.")
+    return set_up_model(model.to(device), args, train)
+
+
+def set_up_model(model, args, train):
+    """Freeze the model or, to train it, all but its last layers and head (--unfrozen-layers 0: nothing). Its trunk will
+    multiply in --dtype; weights stay float32, but frozen ones are kept as autocast would round them. UserError."""
+    trunk, unfrozen = model.base_model, args.unfrozen_layers if train else 0
+    layers = next(part for part in trunk.modules() if isinstance(part, torch.nn.ModuleList))
+    if not 0 <= unfrozen <= len(layers):
+        raise UserError(f"--unfrozen-layers {unfrozen}: the model has {len(layers)}; pass 0 to train everything.")
+    model.requires_grad_(train)
+    if unfrozen:
+        trunk.requires_grad_(False)
+        layers[-unfrozen:].requires_grad_(True)
+    for layer in layers if train and args.gradient_checkpointing else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if args.dtype == "bfloat16":
+        trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
+        for part in trunk.modules():
+            if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
+                part.to(torch.bfloat16)
+    return model
 
 
 def read_dataset(name, flag):
@@ -171,9 +198,7 @@ def load_prompts(tokenizer, dataset, max_prompt_tokens):
     for i, part in enumerate(parts):
         column = next((name for name in ("prompt", "chosen") if name in part.column_names), None)
         if column is None or not all(isinstance(x, str) for x in part[:1][column]):
-            raise UserError(
-                f"--dataset {dataset}: expected strings in a column prompt or chosen; found {part.features}."
-            )
+            raise UserError(f"--dataset {dataset}: expected strings in prompt or chosen; found {part.features}.")
         ends = [len(x) if column == "prompt" else x.rfind("\n\nAssistant:") + 12 for x in part[column]]
         parts[i] = list(dict.fromkeys(x[:end] for x, end in zip(part[column], ends) if end != 11))
     if len(parts) == 1:
@@ -199,6 +224,7 @@ def text_reward(spec, flag, tokenizer):
         raise UserError(f"{flag} {spec}: expected FILE.py:function; there is no such file or no such function in it.")
 
     def score(prompts, responses):
+        prompts = [x for x in prompts for _ in range(len(responses) // len(prompts))]
         texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
         whole = tokenizer.batch_decode([torch.cat(row) for row in zip(prompts, responses)], skip_special_tokens=True)
         return torch.tensor(function(texts, [y[len(x) :] for x, y in zip(texts, whole)]), dtype=torch.float32)
@@ -207,94 +233,125 @@ def text_reward(spec, flag, tokenizer):
 
 
 # ------------------------------------------------------------------------------------- sample, log-probabilities, score
+class InplaceLayer(DynamicLayer):
+    """Keys and values of a layer in buffers with room for more tokens; the library copies all of them for every one."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:  # the prompts: [B, heads, tokens, head size]
+            self.buffers = super().update(keys, values)
+            return self.buffers
+        start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        if len(self.keys) != len(self.buffers[0]) or end > self.buffers[0].shape[2]:  # other rows, or full
+            self.buffers = [F.pad(states, (0, 0, 0, 32)) for states in (self.keys, self.values)]
+        for buffer, states in zip(self.buffers, (keys, values)):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # only a scope: until its end the trunk's own autocast keeps what it has rounded
 def sample_responses(model, prompts, noise, temperature, end_ids):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
-
     `noise` [B, K, T]: the one random number behind each token, float64 in [0, 1): a row depends on its own noise alone.
     Returns N = B·K responses, the K of a prompt side by side, up to and including an id of `end_ids`, and the
     log-probabilities of their tokens, [N, T] float32, 0 on padding."""
     (B, K, T), device = noise.shape, model.device
-    noise = noise.view(B * K, T).to(device)
+    noise, end_ids = noise.view(B * K, T).to(device), torch.tensor(end_ids, device=device)
     input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
+    cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
+    cache.layers = [InplaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    cache, logits, mask = out.past_key_values, out.logits.repeat_interleave(K, 0), mask.repeat_interleave(K, 0)
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "past_key_values": cache}
+    hidden = model.base_model(input_ids, **inputs).last_hidden_state
+    hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
     cache.batch_repeat_interleave(K)
     tokens, logprobs = input_ids.new_zeros(B * K, T), torch.zeros(B * K, T, device=device)
-    lengths = input_ids.new_full((B * K,), T)
-    alive = torch.arange(B * K, device=device)  # the rows that have not ended
+    rows, going = torch.arange(B * K, device=device), torch.ones(B * K, dtype=torch.bool, device=device)  # in the batch
     for t in range(T):
-        step_logprobs = F.log_softmax(logits[:, -1].float() / temperature, dim=-1)  # [alive, V]
+        probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
         # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
-        cdf = step_logprobs.double().exp().cumsum(-1)
-        token = torch.searchsorted(cdf, noise[alive, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
-        tokens[alive, t], logprobs[alive, t] = token.squeeze(1), step_logprobs.gather(1, token).squeeze(1)
-        ended = torch.isin(token.squeeze(1), torch.tensor(end_ids, device=device))
-        lengths[alive[ended]] = t + 1
-        if t == T - 1 or ended.all():
+        cdf = probs.cumsum(-1, dtype=torch.float64)
+        token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+        tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
+        going &= ~torch.isin(token.squeeze(1), end_ids)
+        if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
+            cache.batch_select_indices(going.nonzero().squeeze(1))
+            rows, token, mask, going = (v[going] for v in (rows, token, mask, going))
+        if t == T - 1 or len(rows) == 0:
             break
-        if ended.any():  # finished rows leave the batch
-            going = (~ended).nonzero().squeeze(1)
-            cache.batch_select_indices(going)
-            alive, token, mask = alive[going], token[going], mask[going]
         mask = F.pad(mask, (0, 1), value=1)
-        logits = model(
-            token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache
-        ).logits
-    return [y[:n] for y, n in zip(tokens.cpu(), lengths)], logprobs[:, : lengths.max()]
+        inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
+        hidden = model.base_model(token, **inputs).last_hidden_state
+    over = F.pad(torch.isin(tokens, end_ids).cumsum(1), (1, 0))[:, :T] > 0  # [N, T], what follows the end of a response
+    lengths = T - over.sum(1)
+    return [y[:n] for y, n in zip(tokens.cpu(), lengths)], logprobs.masked_fill(over, 0)[:, : lengths.max()]
 
 
 def response_hidden(model, prompts, responses):
-    """Last hidden states [n, D] at the positions that predict the n response tokens, these tokens [n], the mask [N, T].
-    Rows are padded on the right, where causal attention never looks, so there is no attention mask to get wrong."""
-    rows = [torch.cat([x, y]) for x, y in zip(prompts, responses)]
-    input_ids = pad_sequence(rows, batch_first=True).to(model.device)  # [N, L]
-    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state  # [N, L, D]
-    starts, lengths = torch.tensor([(len(x), len(y)) for x, y in zip(prompts, responses)], device=model.device).T
-    mask = torch.arange(lengths.max(), device=model.device) < lengths[:, None]  # [N, T]
-    row, t = mask.nonzero().T
-    return hidden[row, starts[row] + t - 1], input_ids[row, starts[row] + t], mask
+    """Last hidden states after 0, 1 … T tokens of each response, anything after its end: [N, T + 1, D].
+    The K = N/B responses to a prompt share a row x y_1 … y_K, and x is read once: positions in y_k follow x, and y_k
+    sees x and itself. Rows are padded on the right, where causal attention never looks: K = 1 needs no mask at all."""
+    K, config, inputs = len(responses) // len(prompts), model.config, {"use_cache": False}
+    kinds = {config._attn_implementation, *(getattr(config, "layer_types", None) or ["full_attention"])}
+    if kinds != {"sdpa", "full_attention"} or getattr(config, "sliding_window", None):  # these take no mask of ours
+        prompts, K = [x for x in prompts for _ in range(K)], 1
+    rows = [[x, *responses[K * b : K * b + K]] for b, x in enumerate(prompts)]
+    input_ids = pad_sequence([torch.cat(row) for row in rows], batch_first=True).to(model.device)  # [B, L]
+    lengths = torch.tensor([[len(part) for part in row] for row in rows], device=model.device)  # [B, 1 + K]
+    starts = lengths.cumsum(1) - lengths
+    column, t = (torch.arange(n, device=model.device) for n in (input_ids.shape[1], lengths[:, 1:].max() + 1))
+    if K > 1:
+        part = (column[:, None] >= starts[:, None, 1:]).sum(2)  # [B, L]: 0 in x, k in y_k
+        mask = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # [B, query, key]
+        shift = (starts - lengths[:, :1]).clamp(min=0).gather(1, part)
+        positions = (column - shift) * (column < lengths.sum(1, keepdim=True))
+        inputs |= {"attention_mask": mask[:, None], "position_ids": positions}
+    hidden = model.base_model(input_ids, **inputs).last_hidden_state  # [B, L, D]
+    columns = torch.where(t > 0, starts[:, 1:, None] + t, lengths[:, :1, None]) - 1  # [B, K, T + 1]
+    return hidden[torch.arange(len(rows))[:, None, None], columns.clamp(max=len(column) - 1)].flatten(0, 1)
 
 
 def response_logprobs(model, prompts, responses, temperature):
     """log π(y_t | x, y_<t) of every response token: [N, T] float32, 0 on padding."""
-    hidden, tokens, mask = response_hidden(model, prompts, responses)
-    logits = model.get_output_embeddings()(hidden).float() / temperature  # [n, V], at the response tokens alone
-    logprobs = -F.cross_entropy(logits, tokens, reduction="none")
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+    hidden, head = response_hidden(model, prompts, responses), model.get_output_embeddings()
+    hidden = torch.cat([states[: len(y)] for states, y in zip(hidden, responses)]).float()  # [n, D], of response tokens
+    tokens, nll = torch.cat(responses).to(hidden.device), partial(F.cross_entropy, reduction="none")
+    # All n × V logits would fill the memory: they are made in parts, and in the backward pass once more.
+    parts = zip(*(v.split((2**26 if v.is_cuda else 2**23) // len(head.weight) + 1) for v in (hidden, tokens)))
+    parts = [checkpoint(lambda h, y: -nll(head(h) / temperature, y), *part, use_reentrant=False) for part in parts]
+    return pad_sequence(torch.cat(parts).split([len(y) for y in responses]), batch_first=True)
 
 
 def response_kl(policy, reference, prompts, responses, temperature):
     """[N, 2], sums over a response, nats: KL(π_θ ‖ π_ref) over the whole vocabulary; log π_θ(y) − log π_ref(y)."""
-    logprobs = []
-    for model in (policy, reference):
-        hidden, tokens, mask = response_hidden(model, prompts, responses)
-        logprobs.append(F.log_softmax(model.get_output_embeddings()(hidden).float() / temperature, dim=-1))  # [n, V]
-    kl = F.kl_div(logprobs[1], logprobs[0], log_target=True, reduction="none").sum(-1).clamp(min=0)  # [n]
-    logratio = (logprobs[0] - logprobs[1]).gather(1, tokens[:, None]).squeeze(1)
-    sums = torch.zeros(len(mask), 2, dtype=torch.float64, device=mask.device)
-    return sums.index_add(0, mask.nonzero()[:, 0], torch.stack([kl, logratio], dim=1).double())
+    models, sums = (policy, reference), torch.zeros(len(responses), 2, dtype=torch.float64, device=policy.device)
+    hidden = [response_hidden(model, prompts, responses) for model in models]  # twice [N, T + 1, D]
+    for i, y in enumerate(responses):
+        logits = (model.get_output_embeddings()(states[i, : len(y)].float()) for model, states in zip(models, hidden))
+        logp, ref_logp = (F.log_softmax(part / temperature, dim=-1) for part in logits)  # [T, V]
+        kl = F.kl_div(ref_logp, logp, log_target=True, reduction="none").sum(1).clamp(min=0)
+        logratio = (logp - ref_logp).gather(1, y[:, None].to(policy.device)).squeeze(1)
+        sums[i] = torch.stack([kl, logratio]).double().sum(1)
+    return sums
 
 
 def response_scores(reward_model, prompts, responses):
     """r(x, y), the reward model's output at the last token of each row: [N] float32."""
-    rows = [torch.cat([x, y]) for x, y in zip(prompts, responses)]
-    input_ids = pad_sequence(rows, batch_first=True).to(reward_model.device)
-    hidden = reward_model.base_model(input_ids, use_cache=False).last_hidden_state  # [N, L, D]
-    last = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
-    return reward_model.score(hidden[torch.arange(len(rows), device=hidden.device), last]).squeeze(-1).float()
+    hidden = response_hidden(reward_model, prompts, responses)  # [N, T + 1, D]
+    last = torch.stack([states[len(y)] for states, y in zip(hidden, responses)])
+    return reward_model.score(last.float()).squeeze(-1)
 
 
 @torch.no_grad()
 def in_batches(function, prompts, responses, batch_size):
     """function(prompts, responses) -> [rows, …], taken in batches of like length; [N, …] in the given order, padded."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-    rows = [None] * len(order)
-    for part in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-        for i, row in zip(part, function([prompts[i] for i in part], [responses[i] for i in part])):
+    K, rows = len(responses) // len(prompts), [None] * len(responses)
+    lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
+    for part in lengths.argsort().split(max(1, batch_size // K)):
+        indices = [K * b + k for b in part for k in range(K)]
+        for i, row in zip(indices, function([prompts[b] for b in part], [responses[i] for i in indices])):
             rows[i] = row
     return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
 
@@ -311,14 +368,12 @@ def centre_and_scale(scores, running):
 
 def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature, end_ids, batch_size):
     """A point of the KL–reward frontier (means over B held-out prompts, standard errors: _se); responses; rewards [B].
-
     `judges`: {"reward": function of (prompts, responses), and "gold" where there is one}; `sft_rewards` [B]: the SFT
     policy's. kl and kl_k1 are nats a response, length tokens."""
     responses, _ = sample_responses(policy, prompts, noise, temperature, end_ids)
     kl = in_batches(partial(response_kl, policy, reference, temperature=temperature), prompts, responses, batch_size)
     values = {"kl": kl[:, 0], "kl_k1": kl[:, 1], **{name: f(prompts, responses) for name, f in judges.items()}}
-    values["length"] = torch.tensor([len(y) for y in responses])
-    values["eos_rate"] = torch.tensor([y[-1] in end_ids for y in responses])
+    values["length"], values["eos_rate"] = torch.tensor([(len(y), y[-1] in end_ids) for y in responses]).T
     values["win_rate_vs_sft"] = (values["reward"] - sft_rewards).sign() / 2 + 0.5  # a tie is half a win
     point = {name: value.double().mean().item() for name, value in values.items()}
     errors = {f"{name}_se": value.double().std().item() / len(prompts) ** 0.5 for name, value in values.items()}
@@ -353,12 +408,13 @@ def main(args):
     if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
         args.model = f"EleutherAI/{args.model}"
     if args.num_responses < 2:
-        raise UserError(
-            f"--num-responses {args.num_responses}: P3O compares the responses to a prompt, pass at least 2."
-        )
+        raise UserError(f"--num-responses {args.num_responses}: P3O compares responses to a prompt, at least 2.")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPU has no float64
     policy_path = find_stage("sft", args.model, args.dataset) or args.model
-    policy, reference = (load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device) for _ in range(2))
+    policy = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args, train=True)
+    reference = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args)
+    for weight, ref_weight in zip(policy.parameters(), reference.parameters()):
+        ref_weight.data = ref_weight.data if weight.requires_grad else weight.data  # what is frozen, once in memory
     tokenizer = fetch("tokenizer", policy_path, "--model", lambda: AutoTokenizer.from_pretrained(policy_path))
     ends = (tokenizer.eos_token_id, policy.config.eos_token_id, policy.generation_config.eos_token_id)
     end_ids = sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
@@ -371,7 +427,7 @@ def main(args):
         score = text_reward(args.reward_fn, "--reward-fn", tokenizer)
     else:
         classifier = partial(load_model, AutoModelForSequenceClassification, num_labels=1)
-        reward_model = classifier(reward_path, "--reward-model", accelerator.device)
+        reward_model = classifier(reward_path, "--reward-model", accelerator.device, args)
         score = partial(in_batches, partial(response_scores, reward_model), batch_size=args.micro_batch_size)
     gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
     judges = {"reward": score} | ({"gold": text_reward(gold_fn, "--gold-fn", tokenizer)} if gold_fn else {})
@@ -386,21 +442,20 @@ def main(args):
     print(f"run folder    {folder} (--output-dir changes it)")
     writer = SummaryWriter(folder)
     lr = args.learning_rate or (2e-4 if args.model == "tiny" else 1e-6)  # 1e-6: the authors' for Pythia-1B
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(args.seed)  # of the order of the prompts and of the noise of all samples
     uniform = partial(torch.rand, dtype=torch.float64, generator=generator)
 
     # ------------------------------------------------------------------------- training
-    B, K, T = args.prompts_per_update, args.num_responses, args.max_response_tokens
-    temperature, max_rows = args.temperature, args.micro_batch_size
+    B, K, T, max_rows = args.prompts_per_update, args.num_responses, args.max_response_tokens, args.micro_batch_size
     sft_noise, eval_noise = uniform(2, len(eval_prompts), 1, T, generator=torch.Generator().manual_seed(args.seed))
-    sft_responses, _ = sample_responses(reference, eval_prompts, sft_noise, temperature, end_ids)
+    sft_responses, _ = sample_responses(reference, eval_prompts, sft_noise, args.temperature, end_ids)
     sft_rewards = score(eval_prompts, sft_responses)
     queue, running, progress = [], [0.0, 0], tqdm(total=args.num_updates, desc="p3o_v2", unit="update")
     for update in range(args.num_updates + 1):
         # 0. Every so often, evaluate the policy as it is after so many updates.
         if update in (0, args.num_updates) or args.eval_every and update % args.eval_every == 0:
-            evaluation = (eval_prompts, eval_noise, judges, sft_rewards, temperature, end_ids, max_rows)
+            evaluation = (eval_prompts, eval_noise, judges, sft_rewards, args.temperature, end_ids, max_rows)
             point, responses, rewards = evaluate(policy, reference, *evaluation)
             log(folder / "frontier.jsonl", writer, update, point)
             columns = {"prompts": eval_prompts, "sft_responses": sft_responses, "responses": responses}
@@ -418,71 +473,66 @@ def main(args):
         while len(queue) < B:
             queue += torch.randperm(len(prompts), generator=generator).tolist()
         batch, queue = [prompts[i] for i in queue[:B]], queue[B:]
-        y, old_logprobs = sample_responses(policy, batch, uniform(B, K, T), temperature, end_ids)
-        x = [prompt for prompt in batch for _ in range(K)]
+        y, sampled_logprobs = sample_responses(policy, batch, uniform(B, K, T), args.temperature, end_ids)
         clock.append(time.perf_counter())
 
         # 2. Score them; a constant added to the scores of a prompt does not reach the rewards.
-        scores = score(x, y).to(policy.device).view(B, K)
+        scores = score(batch, y).to(policy.device).view(B, K)
         ended = torch.tensor([row[-1] in end_ids for row in y], device=policy.device).view(B, K)
         r, scale = centre_and_scale(scores - args.missing_eos_penalty * ~ended, running)  # [B, K]
         clock.append(time.perf_counter())
 
-        # 3. log π_ref of the responses; log π_old was recorded while sampling.
-        ref_logprobs = in_batches(partial(response_logprobs, reference, temperature=temperature), x, y, max_rows)
-        old_logps, ref_logps = (p.double().sum(1).view(B, K) for p in (old_logprobs, ref_logprobs))
+        # 3. log π_ref of the responses. log π_old was recorded while sampling; bfloat16 rounds otherwise there, so then
+        # it is taken from training's own forward: now, or for the first minibatch below.
+        logps_of = partial(response_logprobs, temperature=args.temperature)
+        ref_logprobs = in_batches(partial(logps_of, reference), batch, y, max_rows)
+        sampled_logps, ref_logps = (p.double().sum(1).view(B, K) for p in (sampled_logprobs, ref_logprobs))
+        old_logps, responses = sampled_logps.clone(), [y[K * b : K * b + K] for b in range(B)]
+        epochs = [torch.randperm(B, generator=generator).split(args.minibatch_size) for _ in range(args.num_epochs)]
+        for later in epochs[0][1:] if args.dtype == "bfloat16" else ():
+            rows = [batch[b] for b in later], [row for b in later for row in responses[b]]
+            old_logps[later] = in_batches(partial(logps_of, policy), *rows, max_rows).double().sum(1).view(-1, K)
         clock.append(time.perf_counter())
 
-        # 4. Several epochs over minibatches of prompts, these in micro-batches of rows of like length.
-        lengths = torch.tensor([len(prompt) + len(response) for prompt, response in zip(x, y)]).view(B, K).amax(1)
+        # 4. Several epochs over minibatches of prompts, these in micro-batches of like length.
+        lengths = torch.tensor([len(x) + sum(map(len, rows)) for x, rows in zip(batch, responses)])
         stats, options = Counter(), (args.beta, args.clip_range, args.ratio_bound)
-        for epoch in range(args.num_epochs):
-            for step, minibatch in enumerate(torch.randperm(B, generator=generator).split(args.minibatch_size)):
-                minibatch, new_logps = minibatch[lengths[minibatch].argsort()], []
-                for micro in minibatch.split(max(1, max_rows // K)):
-                    rows = [K * b + k for b in micro.tolist() for k in range(K)]
-                    logprobs = response_logprobs(policy, [x[i] for i in rows], [y[i] for i in rows], temperature)
-                    new_logps.append(logprobs.double().sum(1).view(-1, K))
-                    loss, _ = pairwise_loss(new_logps[-1], *(v[micro] for v in (old_logps, ref_logps, r)), *options)
-                    accelerator.backward(loss * (len(micro) / len(minibatch)))
-                new_logps = torch.cat(new_logps).detach()  # metrics are of the whole minibatch, however it was cut
-                _, metrics = pairwise_loss(new_logps, *(v[minibatch] for v in (old_logps, ref_logps, r)), *options)
-                for key, value in metrics.items():
-                    stats[key] += value.item() * len(minibatch) / (B * args.num_epochs)
-                if epoch == step == 0:  # no gradient step yet: else sampler and training disagree
-                    ratio_init_error = ((new_logps - old_logps[minibatch]).exp() - 1).abs().max().item()
-                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
-                optimizer.step()
-                optimizer.zero_grad()
+        for step, minibatch in enumerate(minibatch for epoch in epochs for minibatch in epoch):
+            minibatch, new_logps = minibatch[lengths[minibatch].argsort()], []
+            for micro in minibatch.split(max(1, max_rows // K)):
+                rows = [batch[b] for b in micro], [row for b in micro for row in responses[b]]
+                new_logps.append(logps_of(policy, *rows).double().sum(1).view(-1, K))
+                if step == 0 and args.dtype == "bfloat16":
+                    old_logps[micro] = new_logps[-1].detach()
+                loss, _ = pairwise_loss(new_logps[-1], *(v[micro] for v in (old_logps, ref_logps, r)), *options)
+                accelerator.backward(loss * (len(micro) / len(minibatch)))
+            new_logps = torch.cat(new_logps).detach()  # metrics are of the whole minibatch, however it was cut
+            _, metrics = pairwise_loss(new_logps, *(v[minibatch] for v in (old_logps, ref_logps, r)), *options)
+            stats.update({key: value.item() * len(minibatch) / B / args.num_epochs for key, value in metrics.items()})
+            if step == 0:  # no gradient step yet: sampling and training should agree
+                ratio_init_error = ((new_logps - sampled_logps[minibatch]).exp() - 1).abs().max().item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
         clock.append(time.perf_counter())
 
         # 5. Log.
         seconds, tokens = clock[-1] - clock[0], sum(len(row) for row in y)
-        d = ref_logprobs - old_logprobs  # for the k3 estimate of the KL, which is never negative
-        metrics = {
-            "objective/reward": scores.mean().item(),
-            "objective/reward_std": scores.std().item(),
-            "objective/kl": (d.exp() - 1 - d).sum(1).mean().item(),
-            "objective/kl_k1": (old_logps - ref_logps).mean().item(),
-            "objective/beta_raw": args.beta * scale,
-            "objective/entropy": -old_logps.sum().item() / tokens,
-            "objective/length": tokens / len(y),
-            "objective/eos_rate": ended.double().mean().item(),
-            **stats,
-            "val/ratio_init_error": ratio_init_error,
-            "grad_norm": grad_norm.item(),
-            "lr": optimizer.param_groups[0]["lr"],
-            **{f"time/{name}": b - a for name, a, b in zip(("sample", "score", "logprobs", "train"), clock, clock[1:])},
-            "time/update": seconds,
-            "samples_per_second": len(y) / seconds,
-            "tokens_per_second": tokens / seconds,
-        }
+        d = (ref_logprobs - sampled_logprobs).double()  # for the k3 estimate of the KL, which is never negative
+        metrics = {"objective/reward": scores.mean().item(), "objective/reward_std": scores.std().item()}
+        metrics |= {"objective/kl": (d.exp() - 1 - d).sum(1).mean().item(), "objective/kl_k1": -d.sum(1).mean().item()}
+        metrics |= {"objective/entropy": -sampled_logps.sum().item() / tokens, "objective/beta_raw": args.beta * scale}
+        metrics |= {"objective/length": tokens / len(y), "objective/eos_rate": ended.double().mean().item(), **stats}
+        metrics |= {"val/ratio_init_error": ratio_init_error, "grad_norm": grad_norm.item(), "lr": lr}
+        phases = zip(("sample", "score", "logprobs", "train"), clock, clock[1:])
+        metrics |= {f"time/{name}": end - start for name, start, end in phases} | {"time/update": seconds}
+        metrics |= {"samples_per_second": len(y) / seconds, "tokens_per_second": tokens / seconds}
         log(folder / "metrics.jsonl", writer, update + 1, metrics)
         shown = "reward {objective/reward:.2f}, KL {objective/kl_k1:.1f} nats, {samples_per_second:.0f} samples/s"
         progress.set_postfix_str(shown.format_map(metrics))
         progress.update()
     writer.close()
-    for part in (policy, tokenizer):
+    for part in (policy.float(), tokenizer):
         part.save_pretrained(folder / "model.tmp")
     (folder / "model.tmp").rename(folder / "model")  # so that it is whole or not there
     tqdm.write(f"policy saved in {folder}/model; load it with AutoModelForCausalLM.from_pretrained")

@@ -35,6 +35,7 @@ import tyro
 from accelerate import Accelerator
 from huggingface_hub import HfApi, constants
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -68,6 +69,9 @@ class Args:
     num_updates: int = 0  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
     minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights, sums and the head stay in float32
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
+    unfrozen_layers: int = 0  # train the last layers and the head alone (0: everything)
     # Optimiser
     learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # how the learning rate falls over the run
@@ -114,13 +118,38 @@ def fetch(kind, name, flag, load):
         raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
 
 
-def load_model(auto_class, name, flag, device, new_head=False, **options):
-    """A float32 model in evaluation mode, so without dropout, from a folder or the hub. Raises UserError."""
+def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
+    """A model in evaluation mode, so without dropout, from a folder or the hub; see set_up_model. Raises UserError."""
     options |= {"dtype": torch.float32, "output_loading_info": True}
     model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
     if info["missing_keys"] and not new_head:
         raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
-    return model.to(device)
+    head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 2]])
+    with torch.no_grad():
+        if head and not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), atol=1e-4):
+            raise UserError(f"{flag} {name}: it scales or caps its logits, which is not supported; use another model.")
+    return set_up_model(model.to(device), args, train)
+
+
+def set_up_model(model, args, train):
+    """Freeze the model or, to train it, all but its last layers and head (--unfrozen-layers 0: nothing). Its trunk will
+    multiply in --dtype; weights stay float32, but frozen ones are kept as autocast would round them. UserError."""
+    trunk, unfrozen = model.base_model, args.unfrozen_layers if train else 0
+    layers = next(part for part in trunk.modules() if isinstance(part, torch.nn.ModuleList))
+    if not 0 <= unfrozen <= len(layers):
+        raise UserError(f"--unfrozen-layers {unfrozen}: the model has {len(layers)}; pass 0 to train everything.")
+    model.requires_grad_(train)
+    if unfrozen:
+        trunk.requires_grad_(False)
+        layers[-unfrozen:].requires_grad_(True)
+    for layer in layers if train and args.gradient_checkpointing else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if args.dtype == "bfloat16":
+        trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
+        for part in trunk.modules():
+            if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
+                part.to(torch.bfloat16)
+    return model
 
 
 def read_dataset(name, flag):
@@ -186,22 +215,45 @@ def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_token
 
 
 # ---------------------------------------------------------------------------------------------------------------- score
+def response_hidden(model, prompts, responses):
+    """Last hidden states after 0, 1 … T tokens of each response, anything after its end: [N, T + 1, D].
+    The K = N/B responses to a prompt share a row x y_1 … y_K, and x is read once: positions in y_k follow x, and y_k
+    sees x and itself. Rows are padded on the right, where causal attention never looks: K = 1 needs no mask at all."""
+    K, config, inputs = len(responses) // len(prompts), model.config, {"use_cache": False}
+    kinds = {config._attn_implementation, *(getattr(config, "layer_types", None) or ["full_attention"])}
+    if kinds != {"sdpa", "full_attention"} or getattr(config, "sliding_window", None):  # these take no mask of ours
+        prompts, K = [x for x in prompts for _ in range(K)], 1
+    rows = [[x, *responses[K * b : K * b + K]] for b, x in enumerate(prompts)]
+    input_ids = pad_sequence([torch.cat(row) for row in rows], batch_first=True).to(model.device)  # [B, L]
+    lengths = torch.tensor([[len(part) for part in row] for row in rows], device=model.device)  # [B, 1 + K]
+    starts = lengths.cumsum(1) - lengths
+    column, t = (torch.arange(n, device=model.device) for n in (input_ids.shape[1], lengths[:, 1:].max() + 1))
+    if K > 1:
+        part = (column[:, None] >= starts[:, None, 1:]).sum(2)  # [B, L]: 0 in x, k in y_k
+        mask = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # [B, query, key]
+        shift = (starts - lengths[:, :1]).clamp(min=0).gather(1, part)
+        positions = (column - shift) * (column < lengths.sum(1, keepdim=True))
+        inputs |= {"attention_mask": mask[:, None], "position_ids": positions}
+    hidden = model.base_model(input_ids, **inputs).last_hidden_state  # [B, L, D]
+    columns = torch.where(t > 0, starts[:, 1:, None] + t, lengths[:, :1, None]) - 1  # [B, K, T + 1]
+    return hidden[torch.arange(len(rows))[:, None, None], columns.clamp(max=len(column) - 1)].flatten(0, 1)
+
+
 def response_scores(reward_model, prompts, responses):
     """r(x, y), the reward model's output at the last token of each row: [N] float32."""
-    rows = [torch.cat([x, y]) for x, y in zip(prompts, responses)]
-    input_ids = pad_sequence(rows, batch_first=True).to(reward_model.device)
-    hidden = reward_model.base_model(input_ids, use_cache=False).last_hidden_state  # [N, L, D]
-    last = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
-    return reward_model.score(hidden[torch.arange(len(rows), device=hidden.device), last]).squeeze(-1).float()
+    hidden = response_hidden(reward_model, prompts, responses)  # [N, T + 1, D]
+    last = torch.stack([states[len(y)] for states, y in zip(hidden, responses)])
+    return reward_model.score(last.float()).squeeze(-1)
 
 
 @torch.no_grad()
 def in_batches(function, prompts, responses, batch_size):
     """function(prompts, responses) -> [rows, …], taken in batches of like length; [N, …] in the given order, padded."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-    rows = [None] * len(order)
-    for part in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-        for i, row in zip(part, function([prompts[i] for i in part], [responses[i] for i in part])):
+    K, rows = len(responses) // len(prompts), [None] * len(responses)
+    lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
+    for part in lengths.argsort().split(max(1, batch_size // K)):
+        indices = [K * b + k for b in part for k in range(K)]
+        for i, row in zip(indices, function([prompts[b] for b in part], [responses[i] for i in indices])):
             rows[i] = row
     return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
 
@@ -260,7 +312,7 @@ def main(args):
     policy_path = find_stage("sft", args.model, args.dataset) or args.model
     print(f"model         {policy_path} ({'no SFT run' if policy_path == args.model else 'SFT'}), new scalar head")
     classifier = partial(load_model, AutoModelForSequenceClassification, num_labels=1, new_head=True)
-    reward_model = classifier(policy_path, "--model", accelerator.device)
+    reward_model = classifier(policy_path, "--model", accelerator.device, args, train=True)
     tokenizer = fetch("tokenizer", policy_path, "--model", lambda: AutoTokenizer.from_pretrained(policy_path))
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and len(tokenizer) < reward_model.config.vocab_size:
         tokenizer.add_special_tokens(
@@ -281,20 +333,21 @@ def main(args):
     per_epoch = math.ceil(len(rows) / args.minibatch_size)
     num_updates = min(args.num_updates or math.inf, args.data_epochs * per_epoch)
     lr = args.learning_rate or (1e-3 if args.model == "tiny" else 1e-5)
-    optimizer = torch.optim.AdamW(reward_model.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(
+        reward_model.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay, fused=True
+    )
     scheduler = transformers.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, num_updates)
     order = torch.Generator().manual_seed(args.seed)
 
     # ------------------------------------------------------------------------- training
-    x, y_w, y_l = ([row[key] for row in rows] for key in ("prompt", "chosen", "rejected"))
-    eval_x, eval_y_w, eval_y_l = ([row[key] for row in eval_rows] for key in ("prompt", "chosen", "rejected"))
-    lengths = torch.tensor([len(prompt) + max(len(a), len(b)) for prompt, a, b in zip(x, y_w, y_l)])
+    eval_pairs = [row["prompt"] for row in eval_rows], [row[y] for row in eval_rows for y in ("chosen", "rejected")]
+    lengths = torch.tensor([sum(map(len, row.values())) for row in rows])
     queue, progress = [], tqdm(total=num_updates, desc="reward_model", unit="update")
     for update in range(num_updates + 1):
         # 0. Every so often, evaluate on held-out pairs.
         if update in (0, num_updates) or args.eval_every and update % args.eval_every == 0:
-            score = partial(in_batches, partial(response_scores, reward_model), batch_size=args.micro_batch_size)
-            point = evaluate_pairs(score(eval_x, eval_y_w), score(eval_x, eval_y_l))
+            scores = in_batches(partial(response_scores, reward_model), *eval_pairs, args.micro_batch_size)
+            point = evaluate_pairs(*scores.view(-1, 2).T)
             log(folder / "evaluations.jsonl", writer, update, point)
             accuracy, ece = point["rm/eval_accuracy"], point["rm/eval_ece"]
             tqdm.write(f"after {update} updates: held-out accuracy {accuracy:.1%}, calibration error {ece:.1%}")
@@ -308,13 +361,12 @@ def main(args):
         minibatch = queue.pop(0)
         stats = Counter()
         for micro in minibatch[lengths[minibatch].argsort()].split(max(1, args.micro_batch_size // 2)):
-            pairs = [x[i] for i in micro] * 2, [y_w[i] for i in micro] + [y_l[i] for i in micro]
-            chosen_scores, rejected_scores = response_scores(reward_model, *pairs).chunk(2)
+            pairs = [rows[i]["prompt"] for i in micro], [rows[i][y] for i in micro for y in ("chosen", "rejected")]
+            chosen_scores, rejected_scores = response_scores(reward_model, *pairs).view(-1, 2).T
             loss, metrics = bradley_terry_loss(chosen_scores, rejected_scores)
             share = len(micro) / len(minibatch)
             accelerator.backward(loss * share)
-            for key, value in metrics.items():
-                stats[key] += value.item() * share
+            stats.update({key: value.item() * share for key, value in metrics.items()})
         grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), args.max_grad_norm or math.inf)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
@@ -334,7 +386,7 @@ def main(args):
     writer.close()
     if point["rm/eval_accuracy"] <= 0.5:
         print("warning: on held-out pairs it is no better than chance; do not optimise this reward")
-    for part in (reward_model, tokenizer):
+    for part in (reward_model.float(), tokenizer):
         part.save_pretrained(folder / "model.tmp")
     (folder / "model.tmp").rename(folder / "model")  # so that it is whole or not there
     print(f"reward model saved in {folder}/model; load it with AutoModelForSequenceClassification.from_pretrained")

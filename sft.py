@@ -35,9 +35,11 @@ import tyro
 from accelerate import Accelerator
 from huggingface_hub import HfApi, constants
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -67,6 +69,9 @@ class Args:
     num_updates: int = 0  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
     minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights, sums and the head stay in float32
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
+    unfrozen_layers: int = 0  # train the last layers and the head alone (0: everything)
     # Optimiser
     learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # how the learning rate falls over the run
@@ -105,13 +110,38 @@ def fetch(kind, name, flag, load):
         raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
 
 
-def load_model(auto_class, name, flag, device, new_head=False, **options):
-    """A float32 model in evaluation mode, so without dropout, from a folder or the hub. Raises UserError."""
+def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
+    """A model in evaluation mode, so without dropout, from a folder or the hub; see set_up_model. Raises UserError."""
     options |= {"dtype": torch.float32, "output_loading_info": True}
     model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
     if info["missing_keys"] and not new_head:
         raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
-    return model.to(device)
+    head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 2]])
+    with torch.no_grad():
+        if head and not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), atol=1e-4):
+            raise UserError(f"{flag} {name}: it scales or caps its logits, which is not supported; use another model.")
+    return set_up_model(model.to(device), args, train)
+
+
+def set_up_model(model, args, train):
+    """Freeze the model or, to train it, all but its last layers and head (--unfrozen-layers 0: nothing). Its trunk will
+    multiply in --dtype; weights stay float32, but frozen ones are kept as autocast would round them. UserError."""
+    trunk, unfrozen = model.base_model, args.unfrozen_layers if train else 0
+    layers = next(part for part in trunk.modules() if isinstance(part, torch.nn.ModuleList))
+    if not 0 <= unfrozen <= len(layers):
+        raise UserError(f"--unfrozen-layers {unfrozen}: the model has {len(layers)}; pass 0 to train everything.")
+    model.requires_grad_(train)
+    if unfrozen:
+        trunk.requires_grad_(False)
+        layers[-unfrozen:].requires_grad_(True)
+    for layer in layers if train and args.gradient_checkpointing else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if args.dtype == "bfloat16":
+        trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
+        for part in trunk.modules():
+            if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
+                part.to(torch.bfloat16)
+    return model
 
 
 def read_dataset(name, flag):
@@ -177,73 +207,105 @@ def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_token
 
 
 # -------------------------------------------------------------------------------------------- sample, log-probabilities
+class InplaceLayer(DynamicLayer):
+    """Keys and values of a layer in buffers with room for more tokens; the library copies all of them for every one."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:  # the prompts: [B, heads, tokens, head size]
+            self.buffers = super().update(keys, values)
+            return self.buffers
+        start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        if len(self.keys) != len(self.buffers[0]) or end > self.buffers[0].shape[2]:  # other rows, or full
+            self.buffers = [F.pad(states, (0, 0, 0, 32)) for states in (self.keys, self.values)]
+        for buffer, states in zip(self.buffers, (keys, values)):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # only a scope: until its end the trunk's own autocast keeps what it has rounded
 def sample_responses(model, prompts, noise, temperature, end_ids):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
-
     `noise` [B, K, T]: the one random number behind each token, float64 in [0, 1): a row depends on its own noise alone.
     Returns N = B·K responses, the K of a prompt side by side, up to and including an id of `end_ids`, and the
     log-probabilities of their tokens, [N, T] float32, 0 on padding."""
     (B, K, T), device = noise.shape, model.device
-    noise = noise.view(B * K, T).to(device)
+    noise, end_ids = noise.view(B * K, T).to(device), torch.tensor(end_ids, device=device)
     input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
+    cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
+    cache.layers = [InplaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(input_ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    cache, logits, mask = out.past_key_values, out.logits.repeat_interleave(K, 0), mask.repeat_interleave(K, 0)
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "past_key_values": cache}
+    hidden = model.base_model(input_ids, **inputs).last_hidden_state
+    hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
     cache.batch_repeat_interleave(K)
     tokens, logprobs = input_ids.new_zeros(B * K, T), torch.zeros(B * K, T, device=device)
-    lengths = input_ids.new_full((B * K,), T)
-    alive = torch.arange(B * K, device=device)  # the rows that have not ended
+    rows, going = torch.arange(B * K, device=device), torch.ones(B * K, dtype=torch.bool, device=device)  # in the batch
     for t in range(T):
-        step_logprobs = F.log_softmax(logits[:, -1].float() / temperature, dim=-1)  # [alive, V]
+        probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
         # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
-        cdf = step_logprobs.double().exp().cumsum(-1)
-        token = torch.searchsorted(cdf, noise[alive, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
-        tokens[alive, t], logprobs[alive, t] = token.squeeze(1), step_logprobs.gather(1, token).squeeze(1)
-        ended = torch.isin(token.squeeze(1), torch.tensor(end_ids, device=device))
-        lengths[alive[ended]] = t + 1
-        if t == T - 1 or ended.all():
+        cdf = probs.cumsum(-1, dtype=torch.float64)
+        token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+        tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
+        going &= ~torch.isin(token.squeeze(1), end_ids)
+        if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
+            cache.batch_select_indices(going.nonzero().squeeze(1))
+            rows, token, mask, going = (v[going] for v in (rows, token, mask, going))
+        if t == T - 1 or len(rows) == 0:
             break
-        if ended.any():  # finished rows leave the batch
-            going = (~ended).nonzero().squeeze(1)
-            cache.batch_select_indices(going)
-            alive, token, mask = alive[going], token[going], mask[going]
         mask = F.pad(mask, (0, 1), value=1)
-        logits = model(
-            token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache
-        ).logits
-    return [y[:n] for y, n in zip(tokens.cpu(), lengths)], logprobs[:, : lengths.max()]
+        inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
+        hidden = model.base_model(token, **inputs).last_hidden_state
+    over = F.pad(torch.isin(tokens, end_ids).cumsum(1), (1, 0))[:, :T] > 0  # [N, T], what follows the end of a response
+    lengths = T - over.sum(1)
+    return [y[:n] for y, n in zip(tokens.cpu(), lengths)], logprobs.masked_fill(over, 0)[:, : lengths.max()]
 
 
 def response_hidden(model, prompts, responses):
-    """Last hidden states [n, D] at the positions that predict the n response tokens, these tokens [n], the mask [N, T].
-    Rows are padded on the right, where causal attention never looks, so there is no attention mask to get wrong."""
-    rows = [torch.cat([x, y]) for x, y in zip(prompts, responses)]
-    input_ids = pad_sequence(rows, batch_first=True).to(model.device)  # [N, L]
-    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state  # [N, L, D]
-    starts, lengths = torch.tensor([(len(x), len(y)) for x, y in zip(prompts, responses)], device=model.device).T
-    mask = torch.arange(lengths.max(), device=model.device) < lengths[:, None]  # [N, T]
-    row, t = mask.nonzero().T
-    return hidden[row, starts[row] + t - 1], input_ids[row, starts[row] + t], mask
+    """Last hidden states after 0, 1 … T tokens of each response, anything after its end: [N, T + 1, D].
+    The K = N/B responses to a prompt share a row x y_1 … y_K, and x is read once: positions in y_k follow x, and y_k
+    sees x and itself. Rows are padded on the right, where causal attention never looks: K = 1 needs no mask at all."""
+    K, config, inputs = len(responses) // len(prompts), model.config, {"use_cache": False}
+    kinds = {config._attn_implementation, *(getattr(config, "layer_types", None) or ["full_attention"])}
+    if kinds != {"sdpa", "full_attention"} or getattr(config, "sliding_window", None):  # these take no mask of ours
+        prompts, K = [x for x in prompts for _ in range(K)], 1
+    rows = [[x, *responses[K * b : K * b + K]] for b, x in enumerate(prompts)]
+    input_ids = pad_sequence([torch.cat(row) for row in rows], batch_first=True).to(model.device)  # [B, L]
+    lengths = torch.tensor([[len(part) for part in row] for row in rows], device=model.device)  # [B, 1 + K]
+    starts = lengths.cumsum(1) - lengths
+    column, t = (torch.arange(n, device=model.device) for n in (input_ids.shape[1], lengths[:, 1:].max() + 1))
+    if K > 1:
+        part = (column[:, None] >= starts[:, None, 1:]).sum(2)  # [B, L]: 0 in x, k in y_k
+        mask = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # [B, query, key]
+        shift = (starts - lengths[:, :1]).clamp(min=0).gather(1, part)
+        positions = (column - shift) * (column < lengths.sum(1, keepdim=True))
+        inputs |= {"attention_mask": mask[:, None], "position_ids": positions}
+    hidden = model.base_model(input_ids, **inputs).last_hidden_state  # [B, L, D]
+    columns = torch.where(t > 0, starts[:, 1:, None] + t, lengths[:, :1, None]) - 1  # [B, K, T + 1]
+    return hidden[torch.arange(len(rows))[:, None, None], columns.clamp(max=len(column) - 1)].flatten(0, 1)
 
 
 def response_logprobs(model, prompts, responses, temperature):
     """log π(y_t | x, y_<t) of every response token: [N, T] float32, 0 on padding."""
-    hidden, tokens, mask = response_hidden(model, prompts, responses)
-    logits = model.get_output_embeddings()(hidden).float() / temperature  # [n, V], at the response tokens alone
-    logprobs = -F.cross_entropy(logits, tokens, reduction="none")
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+    hidden, head = response_hidden(model, prompts, responses), model.get_output_embeddings()
+    hidden = torch.cat([states[: len(y)] for states, y in zip(hidden, responses)]).float()  # [n, D], of response tokens
+    tokens, nll = torch.cat(responses).to(hidden.device), partial(F.cross_entropy, reduction="none")
+    # All n × V logits would fill the memory: they are made in parts, and in the backward pass once more.
+    parts = zip(*(v.split((2**26 if v.is_cuda else 2**23) // len(head.weight) + 1) for v in (hidden, tokens)))
+    parts = [checkpoint(lambda h, y: -nll(head(h) / temperature, y), *part, use_reentrant=False) for part in parts]
+    return pad_sequence(torch.cat(parts).split([len(y) for y in responses]), batch_first=True)
 
 
 @torch.no_grad()
 def in_batches(function, prompts, responses, batch_size):
     """function(prompts, responses) -> [rows, …], taken in batches of like length; [N, …] in the given order, padded."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-    rows = [None] * len(order)
-    for part in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-        for i, row in zip(part, function([prompts[i] for i in part], [responses[i] for i in part])):
+    K, rows = len(responses) // len(prompts), [None] * len(responses)
+    lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
+    for part in lengths.argsort().split(max(1, batch_size // K)):
+        indices = [K * b + k for b in part for k in range(K)]
+        for i, row in zip(indices, function([prompts[b] for b in part], [responses[i] for i in indices])):
             rows[i] = row
     return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
 
@@ -280,9 +342,10 @@ def main(args):
     if args.model == "tiny":  # embedded as a configuration: its weights start from nothing
         policy_path = f"{TINY}/init"
         policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy_path)).to(accelerator.device).eval()
+        set_up_model(policy, args, train=True)
     else:
         policy_path = args.model
-        policy = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device)
+        policy = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args, train=True)
     tokenizer = fetch("tokenizer", policy_path, "--model", lambda: AutoTokenizer.from_pretrained(policy_path))
     print(f"model         {policy_path} (from --model {args.model})")
     print(f"dataset       {args.dataset} (--dataset changes it)")
@@ -299,7 +362,7 @@ def main(args):
     per_epoch = math.ceil(len(rows) / args.minibatch_size)
     num_updates = min(args.num_updates or math.inf, args.data_epochs * per_epoch)
     lr = args.learning_rate or (3e-3 if args.model == "tiny" else 1e-5)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay, fused=True)
     scheduler = transformers.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, num_updates)
     order = torch.Generator().manual_seed(args.seed)
 
@@ -340,8 +403,7 @@ def main(args):
             loss, metrics = sft_loss(logprobs, mask)
             share = mask.sum().item() / tokens  # so that the loss is a mean over the tokens of the whole minibatch
             accelerator.backward(loss * share)
-            for key, value in metrics.items():
-                stats[key] += value.item() * share
+            stats.update({key: value.item() * share for key, value in metrics.items()})
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
@@ -358,7 +420,7 @@ def main(args):
 
     progress.close()
     writer.close()
-    for part in (policy, tokenizer):
+    for part in (policy.float(), tokenizer):
         part.save_pretrained(folder / "model.tmp")
     (folder / "model.tmp").rename(folder / "model")  # so that it is whole or not there
     print(f"policy saved in {folder}/model; load it with AutoModelForCausalLM.from_pretrained")
