@@ -70,8 +70,10 @@ def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_
     metrics = {"policy/loss": loss.detach(), "policy/clipfrac": (clipped_losses > losses).double().mean()}
     metrics |= {"policy/ratio_mean": ratio.mean(), "policy/ratio_max": ratio.max()}
     metrics |= {"policy/approx_kl": (ratio - 1 - logratio.detach()).mean()}
-    pair_weight = 0.5 * q * w  # the ascent coefficient of ∇(h_1 − h_2)
-    metrics |= {"policy/pair_weight_mean": pair_weight.mean(), "policy/pair_weight_std": pair_weight.std(correction=0)}
+    metrics |= {
+        "policy/pair_weight_mean": (0.5 * q * w).mean(),
+        "policy/pair_weight_std": (0.5 * q * w).std(correction=0),
+    }
     return loss, metrics
 
 
@@ -176,6 +178,7 @@ def set_up_model(model, args, train):
     for layer in layers if train and args.gradient_checkpointing else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # the head stays float32, by TF32 where there is such
         trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
         for part in trunk.modules():
             if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
@@ -237,8 +240,8 @@ class InplaceLayer(DynamicLayer):
     """Keys and values of a layer in buffers with room for more tokens; the library copies all of them for every one."""
 
     def update(self, keys, values, *args, **kwargs):
-        if not self.is_initialized:  # the prompts: [B, heads, tokens, head size]
-            self.buffers = super().update(keys, values)
+        if not self.is_initialized:  # the prompts: [B, heads, tokens, head size]; autocast widens the keys that rotate
+            self.buffers = super().update(keys.to(values.dtype), values)
             return self.buffers
         start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
         if len(self.keys) != len(self.buffers[0]) or end > self.buffers[0].shape[2]:  # other rows, or full

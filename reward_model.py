@@ -145,6 +145,7 @@ def set_up_model(model, args, train):
     for layer in layers if train and args.gradient_checkpointing else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # the head stays float32, by TF32 where there is such
         trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
         for part in trunk.modules():
             if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:

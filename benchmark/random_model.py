@@ -28,10 +28,10 @@ class Args:
     seed: int = 0  # of the weights
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    hidden, layers, heads = SHAPES[args.shape]
-    config = GPTNeoXConfig(
+def config_of(shape, **options):
+    """The configuration of a Pythia model."""
+    hidden, layers, heads = SHAPES[shape]
+    return GPTNeoXConfig(
         vocab_size=50304,
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -41,9 +41,14 @@ if __name__ == "__main__":
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
         bos_token_id=0,
         eos_token_id=0,
+        **options,
     )
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
     torch.manual_seed(args.seed)
-    model = GPTNeoXForCausalLM(config)
+    model = GPTNeoXForCausalLM(config_of(args.shape))
     model.save_pretrained(args.output)
     AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(args.output)
     print(f"{args.output}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, random weights")
