@@ -17,8 +17,8 @@ With K > 2 responses a prompt (--num-responses) the mean is over all K(K−1)/2 
 each, N = B·K rows, T response tokens, V vocabulary, D hidden size. Prompts and responses are lists of 1-D id tensors,
 nothing padded; `logprobs` are per token, `logps` their sums over a response.
 
-    python p3o_v2.py                                    the embedded tiny world, 2 minutes on a laptop
-    python p3o_v2.py --model pythia-1b --dataset hh     one GPU; starts from what sft.py and reward_model.py saved
+    python p3o_v2.py                                                     the embedded world, 2 minutes on a laptop
+    python p3o_v2.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; starts from what the two stages saved
     python p3o_v2.py --model FOLDER --dataset FILE.jsonl --reward-fn my_reward.py:f
 """
 
@@ -54,7 +54,6 @@ TINY = Path(__file__).parent / "tiny"
 
 def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_bound):
     """P3O-V2 loss (paper: algorithm 1 with joint clipping), mean over prompts and the pairs of their K responses.
-
     logps, old_logps, ref_logps: [B, K], log π_θ(y), log π_old(y), log π_ref(y), nats; rewards: [B, K], scaled;
     beta: β; clip_range: ε, 0 for no clipping; ratio_bound: R. Returns (scalar loss, dict of detached scalars)."""
     first, second = torch.combinations(torch.arange(logps.shape[1], device=logps.device)).T  # the P = K(K−1)/2 pairs
@@ -70,10 +69,7 @@ def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_
     metrics = {"policy/loss": loss.detach(), "policy/clipfrac": (clipped_losses > losses).double().mean()}
     metrics |= {"policy/ratio_mean": ratio.mean(), "policy/ratio_max": ratio.max()}
     metrics |= {"policy/approx_kl": (ratio - 1 - logratio.detach()).mean()}
-    metrics |= {
-        "policy/pair_weight_mean": (0.5 * q * w).mean(),
-        "policy/pair_weight_std": (0.5 * q * w).std(correction=0),
-    }
+    metrics |= {"policy/pair_weight_mean": (q * w).mean() / 2, "policy/pair_weight_std": (q * w).std(correction=0) / 2}
     return loss, metrics
 
 
@@ -100,7 +96,7 @@ class Args:
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights, sums and the head stay in float32
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
-    unfrozen_layers: int = 0  # train the last layers and the head alone (0: everything)
+    unfrozen_layers: int = 0  # train only the last layers, and the head if it has its own weights (0: everything)
     # Optimiser
     learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
     weight_decay: float = 1e-6  # AdamW's, decoupled
@@ -275,7 +271,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     for t in range(T):
         probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
         # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
-        cdf = probs.cumsum(-1, dtype=torch.float64)
+        cdf = probs.double().cumsum(-1)
         token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
         tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
         going &= ~torch.isin(token.squeeze(1), end_ids)
@@ -321,10 +317,15 @@ def response_logprobs(model, prompts, responses, temperature):
     hidden, head = response_hidden(model, prompts, responses), model.get_output_embeddings()
     hidden = torch.cat([states[: len(y)] for states, y in zip(hidden, responses)]).float()  # [n, D], of response tokens
     tokens, nll = torch.cat(responses).to(hidden.device), partial(F.cross_entropy, reduction="none")
-    # All n × V logits would fill the memory: they are made in parts, and in the backward pass once more.
-    parts = zip(*(v.split((2**26 if v.is_cuda else 2**23) // len(head.weight) + 1) for v in (hidden, tokens)))
-    parts = [checkpoint(lambda h, y: -nll(head(h) / temperature, y), *part, use_reentrant=False) for part in parts]
-    return pad_sequence(torch.cat(parts).split([len(y) for y in responses]), batch_first=True)
+    logits = head if temperature == 1 else lambda h: head(h) / temperature
+    # Logits of many tokens would fill the memory: they are made in parts, and in the backward pass once more.
+    count = len(tokens) * len(head.weight) // (2**25 if hidden.is_cuda else 7_000_000) + 1
+    if count < 5 and torch.is_grad_enabled():
+        losses = [nll(logits(hidden), tokens)]
+    else:
+        parts = zip(hidden.chunk(count), tokens.chunk(count))
+        losses = [checkpoint(lambda h, y: nll(logits(h), y), *part, use_reentrant=False) for part in parts]
+    return pad_sequence((-torch.cat(losses)).split([len(y) for y in responses]), batch_first=True)
 
 
 def response_kl(policy, reference, prompts, responses, temperature):
@@ -334,17 +335,15 @@ def response_kl(policy, reference, prompts, responses, temperature):
     for i, y in enumerate(responses):
         logits = (model.get_output_embeddings()(states[i, : len(y)].float()) for model, states in zip(models, hidden))
         logp, ref_logp = (F.log_softmax(part / temperature, dim=-1) for part in logits)  # [T, V]
-        kl = F.kl_div(ref_logp, logp, log_target=True, reduction="none").sum(1).clamp(min=0)
-        logratio = (logp - ref_logp).gather(1, y[:, None].to(policy.device)).squeeze(1)
-        sums[i] = torch.stack([kl, logratio]).double().sum(1)
+        sums[i, 0] = F.kl_div(ref_logp, logp, log_target=True, reduction="none").sum(1).clamp(min=0).double().sum()
+        sums[i, 1] = (logp - ref_logp).gather(1, y[:, None].to(policy.device)).double().sum()
     return sums
 
 
 def response_scores(reward_model, prompts, responses):
     """r(x, y), the reward model's output at the last token of each row: [N] float32."""
-    hidden = response_hidden(reward_model, prompts, responses)  # [N, T + 1, D]
-    last = torch.stack([states[len(y)] for states, y in zip(hidden, responses)])
-    return reward_model.score(last.float()).squeeze(-1)
+    hidden = zip(response_hidden(reward_model, prompts, responses), responses)
+    return reward_model.score(torch.stack([states[len(y)] for states, y in hidden]).float()).squeeze(-1)
 
 
 @torch.no_grad()
@@ -370,9 +369,8 @@ def centre_and_scale(scores, running):
 
 
 def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature, end_ids, batch_size):
-    """A point of the KL–reward frontier (means over B held-out prompts, standard errors: _se); responses; rewards [B].
-    `judges`: {"reward": function of (prompts, responses), and "gold" where there is one}; `sft_rewards` [B]: the SFT
-    policy's. kl and kl_k1 are nats a response, length tokens."""
+    """A point of the KL–reward frontier over B held-out prompts (docs/metrics.md), the responses, their rewards [B].
+    `judges`: {"reward", maybe "gold": function of (prompts, responses)}; `sft_rewards` [B]: of the SFT policy's."""
     responses, _ = sample_responses(policy, prompts, noise, temperature, end_ids)
     kl = in_batches(partial(response_kl, policy, reference, temperature=temperature), prompts, responses, batch_size)
     values = {"kl": kl[:, 0], "kl_k1": kl[:, 1], **{name: f(prompts, responses) for name, f in judges.items()}}
@@ -531,8 +529,7 @@ def main(args):
         metrics |= {f"time/{name}": end - start for name, start, end in phases} | {"time/update": seconds}
         metrics |= {"samples_per_second": len(y) / seconds, "tokens_per_second": tokens / seconds}
         log(folder / "metrics.jsonl", writer, update + 1, metrics)
-        shown = "reward {objective/reward:.2f}, KL {objective/kl_k1:.1f} nats, {samples_per_second:.0f} samples/s"
-        progress.set_postfix_str(shown.format_map(metrics))
+        progress.set_postfix_str(f"reward {scores.mean():.2f}, KL {-d.sum(1).mean():.1f}, {len(y) / seconds:.0f}/s")
         progress.update()
     writer.close()
     for part in (policy.float(), tokenizer):

@@ -9,9 +9,9 @@ r_φ is the SFT policy's trunk with a scalar head, read at the last token: end-o
 
 Shapes: N rows, T response tokens, D hidden size. Prompts and responses are lists of 1-D id tensors, nothing padded.
 
-    python reward_model.py                                         the embedded tiny world, from its embedded SFT policy
-    python reward_model.py --model pythia-1b --dataset hh          one GPU; starts from what sft.py saved for these
-    python reward_model.py --model FOLDER --dataset FILE.jsonl     your own: columns prompt, chosen and rejected
+    python reward_model.py                                                     the embedded world, from its SFT policy
+    python reward_model.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; starts from what sft.py saved
+    python reward_model.py --model FOLDER --dataset FILE.jsonl                 your own: prompt, chosen, rejected
 """
 
 import json
@@ -71,7 +71,7 @@ class Args:
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights, sums and the head stay in float32
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
-    unfrozen_layers: int = 0  # train the last layers and the head alone (0: everything)
+    unfrozen_layers: int = 0  # train only the last layers, and the head if it has its own weights (0: everything)
     # Optimiser
     learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # how the learning rate falls over the run
@@ -242,9 +242,8 @@ def response_hidden(model, prompts, responses):
 
 def response_scores(reward_model, prompts, responses):
     """r(x, y), the reward model's output at the last token of each row: [N] float32."""
-    hidden = response_hidden(reward_model, prompts, responses)  # [N, T + 1, D]
-    last = torch.stack([states[len(y)] for states, y in zip(hidden, responses)])
-    return reward_model.score(last.float()).squeeze(-1)
+    hidden = zip(response_hidden(reward_model, prompts, responses), responses)
+    return reward_model.score(torch.stack([states[len(y)] for states, y in hidden]).float()).squeeze(-1)
 
 
 @torch.no_grad()

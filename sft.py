@@ -9,9 +9,9 @@ Prompts are read, not learned.
 Shapes: N rows, T response tokens, V vocabulary, D hidden size. Prompts and responses are lists of 1-D id tensors,
 nothing padded; `logprobs` are per token.
 
-    python sft.py                                         the embedded tiny world
-    python sft.py --model pythia-1b --dataset hh          one GPU; learns the chosen responses of a dataset of pairs
-    python sft.py --model FOLDER --dataset FILE.jsonl     your own: columns prompt and completion
+    python sft.py                                                     the embedded world
+    python sft.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; learns the chosen responses of pairs
+    python sft.py --model FOLDER --dataset FILE.jsonl                 your own: columns prompt and completion
 """
 
 import json
@@ -71,7 +71,7 @@ class Args:
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights, sums and the head stay in float32
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
-    unfrozen_layers: int = 0  # train the last layers and the head alone (0: everything)
+    unfrozen_layers: int = 0  # train only the last layers, and the head if it has its own weights (0: everything)
     # Optimiser
     learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # how the learning rate falls over the run
@@ -247,7 +247,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     for t in range(T):
         probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
         # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
-        cdf = probs.cumsum(-1, dtype=torch.float64)
+        cdf = probs.double().cumsum(-1)
         token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
         tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
         going &= ~torch.isin(token.squeeze(1), end_ids)
@@ -293,10 +293,15 @@ def response_logprobs(model, prompts, responses, temperature):
     hidden, head = response_hidden(model, prompts, responses), model.get_output_embeddings()
     hidden = torch.cat([states[: len(y)] for states, y in zip(hidden, responses)]).float()  # [n, D], of response tokens
     tokens, nll = torch.cat(responses).to(hidden.device), partial(F.cross_entropy, reduction="none")
-    # All n × V logits would fill the memory: they are made in parts, and in the backward pass once more.
-    parts = zip(*(v.split((2**26 if v.is_cuda else 2**23) // len(head.weight) + 1) for v in (hidden, tokens)))
-    parts = [checkpoint(lambda h, y: -nll(head(h) / temperature, y), *part, use_reentrant=False) for part in parts]
-    return pad_sequence(torch.cat(parts).split([len(y) for y in responses]), batch_first=True)
+    logits = head if temperature == 1 else lambda h: head(h) / temperature
+    # Logits of many tokens would fill the memory: they are made in parts, and in the backward pass once more.
+    count = len(tokens) * len(head.weight) // (2**25 if hidden.is_cuda else 7_000_000) + 1
+    if count < 5 and torch.is_grad_enabled():
+        losses = [nll(logits(hidden), tokens)]
+    else:
+        parts = zip(hidden.chunk(count), tokens.chunk(count))
+        losses = [checkpoint(lambda h, y: nll(logits(h), y), *part, use_reentrant=False) for part in parts]
+    return pad_sequence((-torch.cat(losses)).split([len(y) for y in responses]), batch_first=True)
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def graph_sample_responses(model, prompts, noise, temperature, end_ids):
 
     def choose():
         probs = (model.get_output_embeddings()(hidden[:, -1]) / temperature).softmax(-1)
-        cdf = probs.cumsum(-1, dtype=torch.float64)
+        cdf = probs.double().cumsum(-1)
         found = torch.searchsorted(cdf, noise.index_select(1, t) * cdf[:, -1:], right=True)
         token.copy_(found.clamp(max=cdf.shape[1] - 1))
         tokens.index_copy_(1, t, token)

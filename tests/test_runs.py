@@ -88,13 +88,10 @@ def test_same_seed_same_numbers_other_seed_others(p3o_run, tmp_path):
         assert first != other
 
 
-def test_micro_batches_change_rounding_only(p3o_run, tmp_path):
-    run("p3o_v2", *SMALL, "--micro-batch-size", 2, "--output-dir", "cut", cwd=tmp_path)
-    first, cut = (without_times(lines(folder / "metrics.jsonl"))[0] for folder in (p3o_run, tmp_path / "cut"))
-    assert cut == pytest.approx(first, rel=1e-3, abs=1e-5)
+LEAN = ["--dtype", "bfloat16", "--gradient-checkpointing", "--unfrozen-layers", 2]
 
 
-@pytest.mark.parametrize("options", [["--num-responses", 4], ["--clip-range", 0]])
+@pytest.mark.parametrize("options", [["--num-responses", 4], ["--clip-range", 0], LEAN])
 def test_variants_run(options, tmp_path):
     run("p3o_v2", *SMALL, *options, cwd=tmp_path)
     rows = lines(tmp_path / "runs/p3o_v2/tiny/tiny/metrics.jsonl")
