@@ -161,8 +161,8 @@ def load_model(auto_class, name, flag, device, args, train=False, new_head=False
 
 
 def set_up_model(model, args, train):
-    """Freeze the model or, to train it, all but its last layers and head (--unfrozen-layers 0: nothing). Its trunk will
-    multiply in --dtype; weights stay float32, but frozen ones are kept as autocast would round them. UserError."""
+    """Freeze the whole model or, if `train`, all but its last --unfrozen-layers and head (0: freeze nothing). Its trunk
+    multiplies in --dtype; weights stay float32, but frozen Linear ones are rounded to it. Raises UserError."""
     trunk, unfrozen = model.base_model, args.unfrozen_layers if train else 0
     layers = next(part for part in trunk.modules() if isinstance(part, torch.nn.ModuleList))
     if not 0 <= unfrozen <= len(layers):
@@ -174,7 +174,7 @@ def set_up_model(model, args, train):
     for layer in layers if train and args.gradient_checkpointing else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
-        torch.set_float32_matmul_precision("high")  # the head stays float32, by TF32 where there is such
+        torch.set_float32_matmul_precision("high")  # for the head: float32 in and out, TF32 products
         trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
         for part in trunk.modules():
             if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
@@ -199,7 +199,7 @@ def load_prompts(tokenizer, dataset, max_prompt_tokens):
         if column is None or not all(isinstance(x, str) for x in part[:1][column]):
             raise UserError(f"--dataset {dataset}: expected strings in prompt or chosen; found {part.features}.")
         ends = [len(x) if column == "prompt" else x.rfind("\n\nAssistant:") + 12 for x in part[column]]
-        parts[i] = list(dict.fromkeys(x[:end] for x, end in zip(part[column], ends) if end != 11))
+        parts[i] = list(dict.fromkeys(x[:end] for x, end in zip(part[column], ends) if column == "prompt" or end > 11))
     if len(parts) == 1:
         shuffled = [parts[0][i] for i in torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(0))]
         cut = min(max(len(shuffled) // 10, 1), 1000)
@@ -233,10 +233,10 @@ def text_reward(spec, flag, tokenizer):
 
 # ------------------------------------------------------------------------------------- sample, log-probabilities, score
 class InplaceLayer(DynamicLayer):
-    """Keys and values of a layer in buffers with room for more tokens; the library copies all of them for every one."""
+    """Keys and values of a layer in buffers with room for more; the library's layer copies them all at every token."""
 
     def update(self, keys, values, *args, **kwargs):
-        if not self.is_initialized:  # the prompts: [B, heads, tokens, head size]; autocast widens the keys that rotate
+        if not self.is_initialized:  # the prompts: [B, heads, tokens, head size]; autocast leaves rotary keys float32
             self.buffers = super().update(keys.to(values.dtype), values)
             return self.buffers
         start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
@@ -249,7 +249,7 @@ class InplaceLayer(DynamicLayer):
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # only a scope: until its end the trunk's own autocast keeps what it has rounded
+@torch.autocast("cpu", enabled=False)  # only a scope: the trunk's autocasts inside it share the weights they round
 def sample_responses(model, prompts, noise, temperature, end_ids):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
     `noise` [B, K, T]: the one random number behind each token, float64 in [0, 1): a row depends on its own noise alone.
@@ -267,7 +267,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
     cache.batch_repeat_interleave(K)
     tokens, logprobs = input_ids.new_zeros(B * K, T), torch.zeros(B * K, T, device=device)
-    rows, going = torch.arange(B * K, device=device), torch.ones(B * K, dtype=torch.bool, device=device)  # in the batch
+    rows, going = torch.arange(B * K, device=device), torch.ones(B * K, dtype=torch.bool, device=device)  # kept
     for t in range(T):
         probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
         # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
@@ -289,12 +289,12 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
 
 
 def response_hidden(model, prompts, responses):
-    """Last hidden states after 0, 1 … T tokens of each response, anything after its end: [N, T + 1, D].
+    """Last hidden states after 0, 1 … T tokens of each response, arbitrary beyond its end: [N, T + 1, D].
     The K = N/B responses to a prompt share a row x y_1 … y_K, and x is read once: positions in y_k follow x, and y_k
     sees x and itself. Rows are padded on the right, where causal attention never looks: K = 1 needs no mask at all."""
     K, config, inputs = len(responses) // len(prompts), model.config, {"use_cache": False}
     kinds = {config._attn_implementation, *(getattr(config, "layer_types", None) or ["full_attention"])}
-    if kinds != {"sdpa", "full_attention"} or getattr(config, "sliding_window", None):  # these take no mask of ours
+    if kinds != {"sdpa", "full_attention"} or getattr(config, "sliding_window", None):  # others take no mask of ours
         prompts, K = [x for x in prompts for _ in range(K)], 1
     rows = [[x, *responses[K * b : K * b + K]] for b, x in enumerate(prompts)]
     input_ids = pad_sequence([torch.cat(row) for row in rows], batch_first=True).to(model.device)  # [B, L]
@@ -318,7 +318,7 @@ def response_logprobs(model, prompts, responses, temperature):
     hidden = torch.cat([states[: len(y)] for states, y in zip(hidden, responses)]).float()  # [n, D], of response tokens
     tokens, nll = torch.cat(responses).to(hidden.device), partial(F.cross_entropy, reduction="none")
     logits = head if temperature == 1 else lambda h: head(h) / temperature
-    # Logits of many tokens would fill the memory: they are made in parts, and in the backward pass once more.
+    # Logits of many tokens would fill the memory: from 5 parts on, each is made again in the backward pass.
     count = len(tokens) * len(head.weight) // (2**25 if hidden.is_cuda else 7_000_000) + 1
     if count < 5 and torch.is_grad_enabled():
         losses = [nll(logits(hidden), tokens)]
@@ -341,14 +341,14 @@ def response_kl(policy, reference, prompts, responses, temperature):
 
 
 def response_scores(reward_model, prompts, responses):
-    """r(x, y), the reward model's output at the last token of each row: [N] float32."""
+    """r(x, y), the reward model's output at the last token of each response: [N] float32."""
     hidden = zip(response_hidden(reward_model, prompts, responses), responses)
     return reward_model.score(torch.stack([states[len(y)] for states, y in hidden]).float()).squeeze(-1)
 
 
 @torch.no_grad()
 def in_batches(function, prompts, responses, batch_size):
-    """function(prompts, responses) -> [rows, …], taken in batches of like length; [N, …] in the given order, padded."""
+    """function(prompts, responses) -> [rows, …] in batches of like length, no gradient; [N, …] in order, padded."""
     K, rows = len(responses) // len(prompts), [None] * len(responses)
     lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
     for part in lengths.argsort().split(max(1, batch_size // K)):
@@ -444,7 +444,7 @@ def main(args):
     writer = SummaryWriter(folder)
     lr = args.learning_rate or (2e-4 if args.model == "tiny" else 1e-6)  # 1e-6: the authors' for Pythia-1B
     optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay, fused=True)
-    generator = torch.Generator().manual_seed(args.seed)  # of the order of the prompts and of the noise of all samples
+    generator = torch.Generator().manual_seed(args.seed)  # of the order of prompts and minibatches, training's noise
     uniform = partial(torch.rand, dtype=torch.float64, generator=generator)
 
     # ------------------------------------------------------------------------- training
@@ -483,26 +483,26 @@ def main(args):
         r, scale = centre_and_scale(scores - args.missing_eos_penalty * ~ended, running)  # [B, K]
         clock.append(time.perf_counter())
 
-        # 3. log π_ref of the responses. log π_old was recorded while sampling; bfloat16 rounds otherwise there, so then
-        # it is taken from training's own forward: now, or for the first minibatch below.
-        logps_of = partial(response_logprobs, temperature=args.temperature)
-        ref_logprobs = in_batches(partial(logps_of, reference), batch, y, max_rows)
+        # 3. log π_ref of the responses. log π_old was recorded while sampling, but bfloat16 rounds otherwise there:
+        # then training's own forward gives it, here for all but the first minibatch, which gets it in its own step below.
+        logprobs_of = partial(response_logprobs, temperature=args.temperature)
+        ref_logprobs = in_batches(partial(logprobs_of, reference), batch, y, max_rows)
         sampled_logps, ref_logps = (p.double().sum(1).view(B, K) for p in (sampled_logprobs, ref_logprobs))
-        old_logps, responses = sampled_logps.clone(), [y[K * b : K * b + K] for b in range(B)]
+        old_logps, groups = sampled_logps.clone(), [y[K * b : K * b + K] for b in range(B)]
         epochs = [torch.randperm(B, generator=generator).split(args.minibatch_size) for _ in range(args.num_epochs)]
         for later in epochs[0][1:] if args.dtype == "bfloat16" else ():
-            rows = [batch[b] for b in later], [row for b in later for row in responses[b]]
-            old_logps[later] = in_batches(partial(logps_of, policy), *rows, max_rows).double().sum(1).view(-1, K)
+            inputs = [batch[b] for b in later], [row for b in later for row in groups[b]]
+            old_logps[later] = in_batches(partial(logprobs_of, policy), *inputs, max_rows).double().sum(1).view(-1, K)
         clock.append(time.perf_counter())
 
         # 4. Several epochs over minibatches of prompts, these in micro-batches of like length.
-        lengths = torch.tensor([len(x) + sum(map(len, rows)) for x, rows in zip(batch, responses)])
+        lengths = torch.tensor([len(x) + sum(map(len, rows)) for x, rows in zip(batch, groups)])
         stats, options = Counter(), (args.beta, args.clip_range, args.ratio_bound)
         for step, minibatch in enumerate(minibatch for epoch in epochs for minibatch in epoch):
             minibatch, new_logps = minibatch[lengths[minibatch].argsort()], []
             for micro in minibatch.split(max(1, max_rows // K)):
-                rows = [batch[b] for b in micro], [row for b in micro for row in responses[b]]
-                new_logps.append(logps_of(policy, *rows).double().sum(1).view(-1, K))
+                inputs = [batch[b] for b in micro], [row for b in micro for row in groups[b]]
+                new_logps.append(logprobs_of(policy, *inputs).double().sum(1).view(-1, K))
                 if step == 0 and args.dtype == "bfloat16":
                     old_logps[micro] = new_logps[-1].detach()
                 loss, _ = pairwise_loss(new_logps[-1], *(v[micro] for v in (old_logps, ref_logps, r)), *options)

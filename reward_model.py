@@ -132,8 +132,8 @@ def load_model(auto_class, name, flag, device, args, train=False, new_head=False
 
 
 def set_up_model(model, args, train):
-    """Freeze the model or, to train it, all but its last layers and head (--unfrozen-layers 0: nothing). Its trunk will
-    multiply in --dtype; weights stay float32, but frozen ones are kept as autocast would round them. UserError."""
+    """Freeze the whole model or, if `train`, all but its last --unfrozen-layers and head (0: freeze nothing). Its trunk
+    multiplies in --dtype; weights stay float32, but frozen Linear ones are rounded to it. Raises UserError."""
     trunk, unfrozen = model.base_model, args.unfrozen_layers if train else 0
     layers = next(part for part in trunk.modules() if isinstance(part, torch.nn.ModuleList))
     if not 0 <= unfrozen <= len(layers):
@@ -145,7 +145,7 @@ def set_up_model(model, args, train):
     for layer in layers if train and args.gradient_checkpointing else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
-        torch.set_float32_matmul_precision("high")  # the head stays float32, by TF32 where there is such
+        torch.set_float32_matmul_precision("high")  # for the head: float32 in and out, TF32 products
         trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
         for part in trunk.modules():
             if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
@@ -217,12 +217,12 @@ def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_token
 
 # ---------------------------------------------------------------------------------------------------------------- score
 def response_hidden(model, prompts, responses):
-    """Last hidden states after 0, 1 … T tokens of each response, anything after its end: [N, T + 1, D].
+    """Last hidden states after 0, 1 … T tokens of each response, arbitrary beyond its end: [N, T + 1, D].
     The K = N/B responses to a prompt share a row x y_1 … y_K, and x is read once: positions in y_k follow x, and y_k
     sees x and itself. Rows are padded on the right, where causal attention never looks: K = 1 needs no mask at all."""
     K, config, inputs = len(responses) // len(prompts), model.config, {"use_cache": False}
     kinds = {config._attn_implementation, *(getattr(config, "layer_types", None) or ["full_attention"])}
-    if kinds != {"sdpa", "full_attention"} or getattr(config, "sliding_window", None):  # these take no mask of ours
+    if kinds != {"sdpa", "full_attention"} or getattr(config, "sliding_window", None):  # others take no mask of ours
         prompts, K = [x for x in prompts for _ in range(K)], 1
     rows = [[x, *responses[K * b : K * b + K]] for b, x in enumerate(prompts)]
     input_ids = pad_sequence([torch.cat(row) for row in rows], batch_first=True).to(model.device)  # [B, L]
@@ -241,14 +241,14 @@ def response_hidden(model, prompts, responses):
 
 
 def response_scores(reward_model, prompts, responses):
-    """r(x, y), the reward model's output at the last token of each row: [N] float32."""
+    """r(x, y), the reward model's output at the last token of each response: [N] float32."""
     hidden = zip(response_hidden(reward_model, prompts, responses), responses)
     return reward_model.score(torch.stack([states[len(y)] for states, y in hidden]).float()).squeeze(-1)
 
 
 @torch.no_grad()
 def in_batches(function, prompts, responses, batch_size):
-    """function(prompts, responses) -> [rows, …], taken in batches of like length; [N, …] in the given order, padded."""
+    """function(prompts, responses) -> [rows, …] in batches of like length, no gradient; [N, …] in order, padded."""
     K, rows = len(responses) // len(prompts), [None] * len(responses)
     lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
     for part in lengths.argsort().split(max(1, batch_size // K)):
