@@ -484,7 +484,7 @@ def main(args):
         clock.append(time.perf_counter())
 
         # 3. log π_ref of the responses. log π_old was recorded while sampling, but bfloat16 rounds otherwise there:
-        # then training's own forward gives it, here for all but the first minibatch, which gets it in its own step below.
+        # then training's own forward gives it, here for all but the first minibatch, which gets it in its own step.
         logprobs_of = partial(response_logprobs, temperature=args.temperature)
         ref_logprobs = in_batches(partial(logprobs_of, reference), batch, y, max_rows)
         sampled_logps, ref_logps = (p.double().sum(1).view(B, K) for p in (sampled_logprobs, ref_logprobs))

@@ -15,7 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerFast
 
-from p3o_v2 import in_batches, response_kl, response_logprobs, response_scores, sample_responses, text_reward
+from p3o_v2 import (
+    in_batches,
+    load_prompts,
+    response_kl,
+    response_logprobs,
+    response_scores,
+    sample_responses,
+    text_reward,
+)
 from reward_model import bradley_terry_loss
 from sft import sft_loss
 
@@ -512,3 +520,17 @@ def test_a_reward_function_that_is_not_there_is_a_mistake_of_the_user(tmp_path, 
     with pytest.raises(Exception, match="--reward-fn") as caught:
         text_reward(spec, "--reward-fn", None)
     assert type(caught.value).__name__ == "UserError"
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+def test_prompts_of_any_length_are_kept_and_dialogues_end_at_the_last_turn(tmp_path):
+    """Each once; of dialogues without a turn of the assistant there is no prompt."""
+    tokenizer, kept = tokenizer_of("byte_level"), ["sky " * n + "is" for n in range(30)]
+    assert any(len(x) == 11 for x in [*kept, "Hello world"])
+    turns = ["\n\nHuman: what?\n\nAssistant: the sky.\n\nHuman: is it?\n\nAssistant:", "\n\nHuman: blue?\n\nAssistant:"]
+    rows = {"prompt": [*kept, "Hello world", kept[0]], "chosen": [*(x + " blue" for x in turns), "nobody answers"]}
+    for column, expected in (("prompt", [*kept, "Hello world"]), ("chosen", turns)):
+        file = tmp_path / f"{column}.jsonl"
+        file.write_text("".join(json.dumps({column: x}) + "\n" for x in rows[column]))
+        train, held_out = load_prompts(tokenizer, str(file), 512)
+        assert sorted(tokenizer.batch_decode([*train, *held_out])) == sorted(expected)
