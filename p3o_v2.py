@@ -442,7 +442,7 @@ def main(args):
     open_run(folder, args, script="p3o_v2", base_name=base, policy=policy_path, reward=reward_path)
     print(f"run folder    {folder} (--output-dir changes it)")
     writer = SummaryWriter(folder)
-    lr = args.learning_rate or (2e-4 if args.model == "tiny" else 1e-6)  # 1e-6: the authors' for Pythia-1B
+    lr = args.learning_rate or (1.5e-4 if args.model == "tiny" else 1e-6)  # 1e-6: the authors' for Pythia-1B
     optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(args.seed)  # of the order of prompts and minibatches, training's noise
     uniform = partial(torch.rand, dtype=torch.float64, generator=generator)

@@ -154,7 +154,7 @@ def test_three_stages_find_each_other_on_a_file_of_dialogues(tmp_path):
         (["--model", "no/such-folder"], "--model no/such-folder: no model is there"),
         (["--dataset", "nothing.jsonl"], "--dataset nothing.jsonl: no dataset is there"),
         (["--reward-fn", "nothing.py:f"], "expected FILE.py:function"),
-        (["--dataset", "other.jsonl"], "expected strings in a column prompt or chosen; found {'question'"),
+        (["--dataset", "other.jsonl"], "expected strings in prompt or chosen; found {'question'"),
         (["--max-prompt-tokens", 1], "no train prompts are left"),
         (["--output-dir", "."], "holds files already"),
         (["--num-responses", 1], "--num-responses 1: P3O compares"),
