@@ -23,13 +23,17 @@ nothing padded; `logprobs` are per token, `logps` their sums over a response.
 """
 
 import json
+import math
+import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,8 +44,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import HfApi, constants
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
@@ -50,6 +56,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 TINY = Path(__file__).parent / "tiny"
+FREE = {"args", "resume", "overwrite", "debug", "num_updates", "eval_every", "save_every"}  # may differ in a resume
 
 
 def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_bound):
@@ -79,13 +86,19 @@ class Args:
     seed: int = 1  # of the sampling noise, the order of the data and any new weights
     output_dir: str = ""  # the run's folder (default: runs/SCRIPT/DATASET/MODEL)
     overwrite: bool = False  # replace the run that the folder holds
+    resume: bool = False  # go on from the folder's last checkpoint, or from the beginning where there is none
+    save_every: int = 20  # updates between checkpoints (0: only at the end, and when stopped by Ctrl-C or SIGTERM)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    debug: bool = False  # show the traceback of a mistake too
     # Model, rewards, data
     model: str = "tiny"  # tiny (embedded), a short name (pythia-14m … pythia-12b), a hub id, or a folder
     reward_model: str = ""  # folder or hub id, fed this model's token ids (default: what reward_model.py saved for it)
     reward_fn: str = ""  # FILE.py:f, in place of a model: f(prompts: list[str], responses: list[str]) -> list[float]
     gold_fn: str = ""  # FILE.py:f, the true reward of the same form where one is known; only ever evaluated
+    trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
     dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
+    truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
     # Sizes
     num_updates: int = 60  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
@@ -94,7 +107,7 @@ class Args:
     num_epochs: int = 4  # passes over the samples of an update
     minibatch_size: int = 16  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights, sums and the head stay in float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products alone (float16 overflows: not offered)
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
     unfrozen_layers: int = 0  # train only the last layers, and the head if it has its own weights (0: everything)
     # Optimiser
@@ -114,15 +127,44 @@ class Args:
 
 
 class UserError(Exception):
-    """A mistake in what the user gave, told in one sentence without a traceback; exit code 2."""
+    """A mistake in what the user gave, told in one sentence without a traceback; exit code 2, nothing was changed."""
 
 
-# -------------------------------------------------------------------------------------------------------- find and load
+class RunError(Exception):
+    """What ends a run that had begun, told in one sentence; exit code 1, the last checkpoint is kept."""
+
+
+# ----------------------------------------------------------------------------------------------- set up, find and load
+def set_up(args):
+    """The accelerator: one device, or one a process. Raises UserError for a number out of range, before all else."""
+    at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs data_epochs ratio_bound"
+    lowest = dict.fromkeys(f"{at_least_1} max_prompt_tokens max_response_tokens".split(), 1)
+    lowest |= {"eval_prompts": 2, "temperature": 0.001}
+    for name, value in vars(args).items():
+        flag, low, high = f"--{name.replace('_', '-')} {value}", lowest.get(name, 0), 1 if "betas" in name else math.inf
+        if not all(low <= x < high for x in (value if name == "adam_betas" else [value]) if not isinstance(x, str)):
+            raise UserError(f"{flag}: expected at least {low}" + (f", below {high}." if high == 1 else "."))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
+    options = {"mixed_precision": "no", "kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False)]}
+    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), **options)
+    size, prompts = args.minibatch_size, getattr(args, "prompts_per_update", args.minibatch_size)
+    if prompts % size or size % accelerator.num_processes:
+        given = f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}, and that"
+        raise UserError(f"{given} of the number of processes, {accelerator.num_processes}.")
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != "FSDP":
+        print("note: accelerate shards a model (FSDP) on GPUs alone; here every process holds all of it (DDP)")
+    return accelerator
+
+
 def short_name(path):
     """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
     record = Path(path).parent / "args.json"
     saved = json.loads(record.read_text()) if record.is_file() else {}
-    return saved.get("base_name") or re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+    name = re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+    return Path(saved.get("base_name") or name).name
 
 
 def find_stage(stage, model, dataset):
@@ -142,6 +184,7 @@ def fetch(kind, name, flag, load):
             HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
         return load()
     except Exception as error:
+        error = error.__cause__ or error  # of what the datasets library wraps
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         where = "can be read from there" if Path(name).exists() else "is there, on this machine or on huggingface.co"
         raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
@@ -149,7 +192,7 @@ def fetch(kind, name, flag, load):
 
 def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
     """A model in evaluation mode, so without dropout, from a folder or the hub; see set_up_model. Raises UserError."""
-    options |= {"dtype": torch.float32, "output_loading_info": True}
+    options |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": args.trust_remote_code}
     model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
     if info["missing_keys"] and not new_head:
         raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
@@ -182,32 +225,65 @@ def set_up_model(model, args, train):
     return model
 
 
+def load_tokenizer(name, model, args):
+    """The tokenizer of a policy, and the ids that end its responses. Raises UserError."""
+    options = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = fetch("tokenizer", name, "--model", lambda: AutoTokenizer.from_pretrained(name, **options))
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
+    generation = getattr(model, "generation_config", None) or model.config
+    ends = (tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id)
+    return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
+
+
 def read_dataset(name, flag):
-    """The splits of a file, folder or hub dataset, training data first, held-out data next. Raises UserError."""
+    """The splits of a file, folder or hub dataset as lists of rows (dicts), training data first, held-out data next.
+    JSON lines are parsed here: the library would turn text that looks like a date into one. Raises UserError."""
     path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}.get(name, name)
     where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
-    splits = fetch("dataset", path, flag, lambda: datasets.load_dataset(where, data_files=files))
-    return [splits[key] for key in ("train", "test", "validation") if key in splits] or list(splits.values())
+
+    def load():
+        builder = datasets.load_dataset_builder(where, data_files=files)
+        is_json = type(builder).__name__ == "Json"
+        source, data_files = ("text", builder.config.data_files) if is_json else (where, files)
+        return datasets.load_dataset(source, data_files=data_files), is_json
+
+    splits, is_json = fetch("dataset", path, flag, load)
+    parts = {key: list(part) for key, part in splits.items()}
+    for key, part in parts.items() if is_json else ():
+        parts[key] = rows = []
+        for number, line in enumerate(part, 1):
+            try:
+                rows += [{**json.loads(line["text"])}] if line["text"].strip() else []
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{flag} {name}: line {number} of {key} is no JSON object ({error}).") from error
+    return [parts[key] for key in ("train", "test", "validation") if key in parts] or list(parts.values())
 
 
-def load_prompts(tokenizer, dataset, max_prompt_tokens):
+def load_prompts(tokenizer, dataset, max_prompt_tokens, truncate):
     """(train, held-out) prompts as 1-D id tensors, each once: the column `prompt`, or the dialogues in `chosen` up
     to their last "Assistant:" (HH). Without held-out data a tenth (at most 1,000) is held out. Raises UserError."""
     parts = read_dataset(dataset, "--dataset")[:2]
     for i, part in enumerate(parts):
-        column = next((name for name in ("prompt", "chosen") if name in part.column_names), None)
-        if column is None or not all(isinstance(x, str) for x in part[:1][column]):
-            raise UserError(f"--dataset {dataset}: expected strings in prompt or chosen; found {part.features}.")
-        ends = [len(x) if column == "prompt" else x.rfind("\n\nAssistant:") + 12 for x in part[column]]
-        parts[i] = list(dict.fromkeys(x[:end] for x, end in zip(part[column], ends) if column == "prompt" or end > 11))
+        column, texts = "prompt" if part and "prompt" in part[0] else "chosen", []
+        for number, row in enumerate(part, 1):
+            if not isinstance(text := row.get(column), str):
+                found = f"{text!r:.60}" if column in row else f"the columns {', '.join(row)}"
+                raise UserError(f"--dataset {dataset}: row {number}: expected text in prompt or chosen; found {found}.")
+            texts.append(text if column == "prompt" else "".join(text.rpartition("\n\nAssistant:")[:2]))
+        parts[i] = list(dict.fromkeys(filter(None, texts)))
+        if "" in texts:
+            print(f"{'':14}{texts.count(''):,} rows without a prompt, dropped")
     if len(parts) == 1:
         shuffled = [parts[0][i] for i in torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(0))]
         cut = min(max(len(shuffled) // 10, 1), 1000)
         parts = [shuffled[cut:], shuffled[:cut]]
     for i, name in enumerate(("train", "held-out")):
-        ids = [torch.tensor(x) for x in tokenizer(parts[i]).input_ids]
-        parts[i] = [x for x in ids if 0 < len(x) <= max_prompt_tokens]
-        print(f"{'':14}{len(parts[i]):,} different {name} prompts; {len(ids) - len(parts[i]):,} too long, dropped")
+        ids = [torch.tensor(x) for x in tokenizer(parts[i]).input_ids] if parts[i] else []
+        long, done = sum(len(x) > max_prompt_tokens for x in ids), "cut on the left" if truncate else "dropped"
+        parts[i] = [x[-max_prompt_tokens:] for x in ids if truncate or len(x) <= max_prompt_tokens]
+        print(f"{'':14}{len(parts[i]):,} different {name} prompts; {long:,} too long, {done}")
         if not parts[i]:
             raise UserError(f"--dataset {dataset}: no {name} prompts are left.")
     return parts
@@ -222,11 +298,27 @@ def text_reward(spec, flag, tokenizer):
     if not callable(function):
         raise UserError(f"{flag} {spec}: expected FILE.py:function; there is no such file or no such function in it.")
 
+    def checked(texts, answers):
+        values = torch.tensor(list(function(texts, answers)), dtype=torch.float32)  # of text: an exception
+        if values.shape != (len(answers),) or not values.isfinite().all():
+            raise ValueError(f"expected {len(answers)} finite numbers, found {values.tolist()!s:.60}")
+        return values
+
     def score(prompts, responses):
         prompts = [x for x in prompts for _ in range(len(responses) // len(prompts))]
         texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
         whole = tokenizer.batch_decode([torch.cat(row) for row in zip(prompts, responses)], skip_special_tokens=True)
-        return torch.tensor(function(texts, [y[len(x) :] for x, y in zip(texts, whole)]), dtype=torch.float32)
+        rows, rewards = [(x, y[len(x) :]) for x, y in zip(texts, whole)], [None]
+        try:  # by one process: if it draws random numbers, all still see the same rewards
+            rewards = [checked(*map(list, zip(*rows)))] if PartialState().is_main_process else rewards
+        except Exception as error:
+            for x, y in rows:
+                try:
+                    checked([x], [y])
+                except Exception as cause:
+                    raise RunError(f"{flag} {spec}: {cause!r}, for the prompt {x!r} and response {y!r}.") from cause
+            raise RunError(f"{flag} {spec}: {error!r}.") from error
+        return broadcast_object_list(rewards)[0]
 
     return score
 
@@ -252,11 +344,11 @@ class InplaceLayer(DynamicLayer):
 @torch.autocast("cpu", enabled=False)  # only a scope: the trunk's autocasts inside it share the weights they round
 def sample_responses(model, prompts, noise, temperature, end_ids):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
-    `noise` [B, K, T]: the one random number behind each token, float64 in [0, 1): a row depends on its own noise alone.
-    Returns N = B·K responses, the K of a prompt side by side, up to and including an id of `end_ids`, and the
-    log-probabilities of their tokens, [N, T] float32, 0 on padding."""
-    (B, K, T), device = noise.shape, model.device
-    noise, end_ids = noise.view(B * K, T).to(device), torch.tensor(end_ids, device=device)
+    `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
+    response depends on its own row alone. Returns N pairs on the CPU: the tokens of a response, up to and including an
+    id of `end_ids`, and their log-probabilities, float32."""
+    noise, end_ids, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
+    (N, T), K, noise = noise.shape, len(noise) // len(prompts), noise.to(device)
     input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
     cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
@@ -266,8 +358,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     hidden = model.base_model(input_ids, **inputs).last_hidden_state
     hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
     cache.batch_repeat_interleave(K)
-    tokens, logprobs = input_ids.new_zeros(B * K, T), torch.zeros(B * K, T, device=device)
-    rows, going = torch.arange(B * K, device=device), torch.ones(B * K, dtype=torch.bool, device=device)  # kept
+    tokens, logprobs = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device)
+    rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # kept
     for t in range(T):
         probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
         # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
@@ -284,8 +376,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
         inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
         hidden = model.base_model(token, **inputs).last_hidden_state
     over = F.pad(torch.isin(tokens, end_ids).cumsum(1), (1, 0))[:, :T] > 0  # [N, T], what follows the end of a response
-    lengths = T - over.sum(1)
-    return [y[:n] for y, n in zip(tokens.cpu(), lengths)], logprobs.masked_fill(over, 0)[:, : lengths.max()]
+    return [(y[:n], p[:n]) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), (T - over.sum(1)).tolist())]
 
 
 def response_hidden(model, prompts, responses):
@@ -347,15 +438,21 @@ def response_scores(reward_model, prompts, responses):
 
 
 @torch.no_grad()
-def in_batches(function, prompts, responses, batch_size):
-    """function(prompts, responses) -> [rows, …] in batches of like length, no gradient; [N, …] in order, padded."""
-    K, rows = len(responses) // len(prompts), [None] * len(responses)
+def in_batches(function, prompts, responses, batch_size=0):
+    """function(prompts, responses) -> a result for each response, without gradient, in batches of like length (0: one a
+    process) shared out among the processes. All get all results, in order, on the CPU; tensors as one, [N, …]."""
+    K, N, state = len(responses) // len(prompts), len(responses), PartialState()
     lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
-    for part in lengths.argsort().split(max(1, batch_size // K)):
-        indices = [K * b + k for b in part for k in range(K)]
-        for i, row in zip(indices, function([prompts[b] for b in part], [responses[i] for i in indices])):
+    batches, rows = lengths.argsort().split(max(1, (batch_size or math.ceil(N / state.num_processes)) // K)), [None] * N
+    for batch in batches[state.process_index :: state.num_processes]:
+        indices = [K * b + k for b in batch for k in range(K)]
+        results = function([prompts[b] for b in batch], [responses[i] for i in indices])
+        for i, row in zip(indices, results.cpu() if torch.is_tensor(results) else results):
             rows[i] = row
-    return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+    rows = [next(row for row in of_all if row is not None) for of_all in zip(*gather_object([rows]))]
+    if torch.is_tensor(rows[0]):
+        return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+    return rows
 
 
 def centre_and_scale(scores, running):
@@ -371,8 +468,11 @@ def centre_and_scale(scores, running):
 def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature, end_ids, batch_size):
     """A point of the KL–reward frontier over B held-out prompts (docs/metrics.md), the responses, their rewards [B].
     `judges`: {"reward", maybe "gold": function of (prompts, responses)}; `sft_rewards` [B]: of the SFT policy's."""
-    responses, _ = sample_responses(policy, prompts, noise, temperature, end_ids)
-    kl = in_batches(partial(response_kl, policy, reference, temperature=temperature), prompts, responses, batch_size)
+    sample = partial(sample_responses, policy, temperature=temperature, end_ids=end_ids)
+    token_kl = partial(response_kl, policy, reference, temperature=temperature)
+    with whole(policy):
+        responses = [y for y, _ in in_batches(sample, prompts, noise)]
+        kl = in_batches(token_kl, prompts, responses, batch_size)
     values = {"kl": kl[:, 0], "kl_k1": kl[:, 1], **{name: f(prompts, responses) for name, f in judges.items()}}
     values["length"], values["eos_rate"] = torch.tensor([(len(y), y[-1] in end_ids) for y in responses]).T
     values["win_rate_vs_sft"] = (values["reward"] - sft_rewards).sign() / 2 + 0.5  # a tie is half a win
@@ -381,44 +481,165 @@ def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature
     return point | errors, responses, values["reward"]
 
 
-def open_run(folder, args, **record):
-    """Make the run's folder: args.json now; .jsonl files, TensorBoard's, model/ follow. UserError if it is taken."""
-    if folder.is_dir() and any(folder.iterdir()) and not (args.overwrite and (folder / "args.json").is_file()):
-        raise UserError(f"{folder} holds files already. Pass --overwrite to replace a run, or another --output-dir.")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+# ------------------------------------------------------------------------------------------ processes, checkpoints, run
+class Trained(torch.nn.Module):
+    """What is trained, a module whose forward is function(model, …): DDP, FSDP and DeepSpeed bring gradients together
+    where the forward of the module they wrap is called; one of the model inside would skip that without a word."""
+
+    def __init__(self, model, function):
+        super().__init__()
+        self.model, self.function, self._no_split_modules = model, function, model._no_split_modules
+
+    def forward(self, *inputs):
+        return self.function(self.model, *inputs)
+
+
+@contextmanager
+def whole(model):
+    """All weights in every process while the model is called outside of training; only FSDP has them in parts."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True)
+
+
+def check_finite(folder, update, tokenizer, prompts, responses, **values):
+    """Raises RunError where a value is not finite, after writing all of them, and the batch they are of, to the run's
+    folder. values: of the batch [], its prompts [B, …] or its responses [N]."""
+    bad = {name: value for name, value in values.items() if not value.isfinite().all()}
+    if bad:
+        rows = sorted({i for v in bad.values() if v.ndim for i in (~v.isfinite()).nonzero()[:, 0].tolist()})
+        texts = {"prompts": tokenizer.batch_decode(prompts), "responses": tokenizer.batch_decode(responses)}
+        values = {name: value.tolist() for name, value in values.items()}
+        file = folder / f"bad_batch_{PartialState().process_index}.json"
+        file.write_text(json.dumps({"update": update, "rows": rows, **values, **texts}, indent=1))
+        where = f"in rows {rows} of the batch" if rows else "for the whole batch"
+        raise RunError(f"update {update}: {', '.join(bad)} not finite {where}, which is in {file}.")
+
+
+def open_run(accelerator, folder, args, **record):
+    """Make the run's folder, or go on in it: `record`, with what save_checkpoint was given last; None if it has ended.
+    Raises UserError, before anything is changed, where the folder, its run or its checkpoint does not fit."""
     git = subprocess.run(f"git -C '{TINY.parent}' rev-parse HEAD", shell=True, capture_output=True, text=True)
+    record |= {"format": 1, **json.loads(json.dumps({"args": asdict(args)}))}
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    record |= {"args": asdict(args), "versions": versions, "git_commit": git.stdout.strip()}
-    (folder / "args.json").write_text(json.dumps(record, indent=1))
+    file, state, taken = folder / "args.json", {}, folder.exists() and any(folder.iterdir())
+    last = max((folder / "checkpoint").glob("*[0-9]"), default=None)
+    choice = f"Pass --overwrite to replace it, or another --output-dir than {folder}."
+    if taken and not file.is_file():
+        raise UserError(f"{folder} holds files already, and no run; pass another --output-dir.")
+    if taken and not args.overwrite:
+        try:
+            saved, state = json.loads(file.read_text()), torch.load(last / "state.pt") if last else {}
+            now, *before = ({**r, **r["args"]} for r in (record, saved, state or saved))
+            changed = {k: r.get(k) for r in before for k in now.keys() - FREE if r.get(k) != now[k]}
+            for name, size in state.get("files", {}).items():
+                if os.path.getsize(folder / name) < size:
+                    raise ValueError(f"{name} was cut short")
+            ended = (folder / "model").is_dir() and saved["args"]["num_updates"] == args.num_updates
+            if last and args.resume and not ended and not changed:
+                accelerator.load_state(last)
+        except Exception as error:
+            raise UserError(f"{last or file} is damaged ({type(error).__name__}: {error}). {choice}") from error
+        if changed:
+            said = ", ".join(f"{key} {value!r} (now {now[key]!r})" for key, value in sorted(changed.items()))
+            raise UserError(f"{folder} holds a run with {said}. {choice}")
+        if ended:
+            return print("ended         this run was made before (--overwrite makes it again)")
+        if not args.resume:
+            raise UserError(f"{folder} holds a run that has not ended. Pass --resume to go on with it. {choice}")
+        print(f"resumed       {f'from {last}' if last else 'from the beginning, there is no checkpoint yet'}")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        try:
+            for path in folder.iterdir() if taken else ():
+                if path.name in state.get("files", {}):  # files that grow are cut back to the checkpoint
+                    os.truncate(path, state["files"][path.name])
+                elif not state or path.name == "model" or path.suffix == ".jsonl" or "tfevents" in path.name:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            version = {"versions": versions, "git_commit": git.stdout.strip()}
+            (folder / "args.part").write_text(json.dumps(record | version, indent=1))
+            (folder / "args.part").rename(file)
+        except OSError as error:
+            raise UserError(f"--output-dir {folder}: nothing can be written there ({error}).") from error
+    accelerator.wait_for_everyone()
+    return record | state
+
+
+def save_checkpoint(accelerator, folder, writer, state):
+    """All that a resume needs, in folder/checkpoint/UPDATE; the one before goes when this is whole. Raises RunError."""
+    new = folder / f"checkpoint/{state['update']:08}"
+    part, main = new.with_suffix(".part"), accelerator.is_main_process
+    try:
+        accelerator.save_state(part, safe_serialization=False)
+        if main:
+            writer.flush()
+            files = [*folder.glob("*.jsonl"), *folder.glob("*tfevents*")]
+            torch.save({**state, "files": {file.name: file.stat().st_size for file in files}}, part / "state.pt")
+        accelerator.wait_for_everyone()
+        if main:
+            part.rename(new)
+            for other in {*new.parent.iterdir()} - {new}:
+                shutil.rmtree(other)
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunError(f"{new} could not be written ({type(error).__name__}: {error}).") from error
+
+
+def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs):
+    """The model in folder/model, plain files of transformers, in place when they are whole and, loaded again, compute
+    the same of `inputs`, trained's arguments (to 1e-5 relative). Raises RunError."""
+    part, weights = folder / "model.part", accelerator.get_state_dict(trained)
+    inner = accelerator.unwrap_model(trained)
+    with torch.no_grad(), whole(inner):
+        expected = inner(*inputs)
+        if accelerator.is_main_process:
+            try:
+                weights = {name.removeprefix("model."): weight.float() for name, weight in weights.items()}
+                inner.model.save_pretrained(part, state_dict=weights)
+                tokenizer.save_pretrained(part)
+            except Exception as error:
+                raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
+            found = inner.function(load_model(auto_class, part, "--output-dir", inner.model.device, args), *inputs)
+            if not (found - expected).abs().max() <= 1e-5 * expected.abs().max():
+                raise RunError(f"{part}, loaded again, computes other numbers: {found} instead of {expected}.")
+            part.rename(folder / "model")
+    accelerator.wait_for_everyone()
+    print(f"saved in      {folder}/model, for {auto_class.__name__}.from_pretrained")
 
 
 def log(file, writer, step, values):
-    """Append a line to a .jsonl file of the run, and its numbers to TensorBoard."""
-    with open(file, "a") as stream:
-        stream.write(json.dumps({"step": step, **values}) + "\n")
-    for key, value in values.items():
-        if not isinstance(value, list):
-            writer.add_scalar(f"eval/{key}" if file.stem == "frontier" else key, value, step)
+    """Append a line to a .jsonl file of the run, and its values to TensorBoard; only the main process has a writer."""
+    if writer:
+        with open(file, "a") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            if not isinstance(value, list):
+                writer.add_scalar(f"eval/{key}" if file.stem == "frontier" else key, value, step)
+        if columns := [value for value in values.values() if isinstance(value, list)]:
+            writer.add_text(file.stem, "\n\n".join(" | ".join(map(repr, row)) for row in zip(*columns)), step)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
 def main(args):
     # ------------------------------------------------------------------------- policy, reference, reward, prompts
+    accelerator = set_up(args)
     args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
     if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
         args.model = f"EleutherAI/{args.model}"
     if args.num_responses < 2:
         raise UserError(f"--num-responses {args.num_responses}: P3O compares responses to a prompt, at least 2.")
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPU has no float64
     policy_path = find_stage("sft", args.model, args.dataset) or args.model
     policy = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args, train=True)
     reference = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args)
     for weight, ref_weight in zip(policy.parameters(), reference.parameters()):
         ref_weight.data = ref_weight.data if weight.requires_grad else weight.data  # what is frozen, once in memory
-    tokenizer = fetch("tokenizer", policy_path, "--model", lambda: AutoTokenizer.from_pretrained(policy_path))
-    ends = (tokenizer.eos_token_id, policy.config.eos_token_id, policy.generation_config.eos_token_id)
-    end_ids = sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
+    tokenizer, end_ids = load_tokenizer(policy_path, policy, args)
     reward_path = args.reward_fn or args.reward_model or find_stage("reward_model", args.model, args.dataset)
     if not reward_path:
         raise UserError("no reward: run reward_model.py on this dataset, or pass --reward-model or --reward-fn.")
@@ -433,35 +654,51 @@ def main(args):
     gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
     judges = {"reward": score} | ({"gold": text_reward(gold_fn, "--gold-fn", tokenizer)} if gold_fn else {})
     print(f"dataset       {args.dataset} (--dataset changes it)")
-    prompts, eval_prompts = load_prompts(tokenizer, args.dataset, args.max_prompt_tokens)
+    with accelerator.local_main_process_first():  # one process of a machine fills the cache of datasets
+        prompts, eval_prompts = load_prompts(tokenizer, args.dataset, args.max_prompt_tokens, args.truncate_prompts)
     eval_prompts = eval_prompts[: args.eval_prompts]
 
-    # ------------------------------------------------------------------------- run folder, optimiser, randomness
-    base = "tiny" if args.model == "tiny" else short_name(policy_path)
-    folder = Path(args.output_dir or f"runs/p3o_v2/{short_name(args.dataset)}/{base}")
-    open_run(folder, args, script="p3o_v2", base_name=base, policy=policy_path, reward=reward_path)
-    print(f"run folder    {folder} (--output-dir changes it)")
-    writer = SummaryWriter(folder)
+    # ------------------------------------------------------------------------- optimiser, run folder, randomness
     lr = args.learning_rate or (1.5e-4 if args.model == "tiny" else 1e-6)  # 1e-6: the authors' for Pythia-1B
     optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay, fused=True)
+    trained, optimizer = accelerator.prepare(Trained(policy, response_logprobs), optimizer)
+    base = "tiny" if args.model == "tiny" else short_name(policy_path)
+    folder = Path(args.output_dir or f"runs/p3o_v2/{short_name(args.dataset)}/{base}")
+    print(f"run folder    {folder} (--output-dir changes it)")
+    run = open_run(accelerator, folder, args, script="p3o_v2", base_name=base, policy=policy_path, reward=reward_path)
+    if run is None:
+        return json.loads((folder / "frontier.jsonl").read_text().splitlines()[-1])
+    writer = SummaryWriter(folder) if accelerator.is_main_process else None
     generator = torch.Generator().manual_seed(args.seed)  # of the order of prompts and minibatches, training's noise
     uniform = partial(torch.rand, dtype=torch.float64, generator=generator)
+    B, K, T, max_rows = args.prompts_per_update, args.num_responses, args.max_response_tokens, args.micro_batch_size
+    sft_noise, eval_noise = uniform(2, len(eval_prompts), T, generator=torch.Generator().manual_seed(args.seed))
+    sample = partial(sample_responses, temperature=args.temperature, end_ids=end_ids)
+    sft_responses = [y for y, _ in in_batches(partial(sample, reference), eval_prompts, sft_noise)]
+    sft_rewards = score(eval_prompts, sft_responses)
 
     # ------------------------------------------------------------------------- training
-    B, K, T, max_rows = args.prompts_per_update, args.num_responses, args.max_response_tokens, args.micro_batch_size
-    sft_noise, eval_noise = uniform(2, len(eval_prompts), 1, T, generator=torch.Generator().manual_seed(args.seed))
-    sft_responses, _ = sample_responses(reference, eval_prompts, sft_noise, args.temperature, end_ids)
-    sft_rewards = score(eval_prompts, sft_responses)
-    queue, running, progress = [], [0.0, 0], tqdm(total=args.num_updates, desc="p3o_v2", unit="update")
-    for update in range(args.num_updates + 1):
-        # 0. Every so often, evaluate the policy as it is after so many updates.
+    start, queue, running = run.get("update", 0), run.get("queue", []), run.get("running", [0.0, 0])
+    generator.set_state(run.get("generator", generator.get_state()))
+    processes, rank, caught, low_kl = accelerator.num_processes, accelerator.process_index, [], 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(number))
+    progress = tqdm(total=args.num_updates, initial=start, desc="p3o_v2", unit="update", disable=writer is None)
+    for update in range(start, args.num_updates + 1):
+        # 0. Every so often save what a resume needs, and evaluate the policy as it is after so many updates.
+        stop = gather_object(caught)
+        if update > start and (stop or update == args.num_updates or args.save_every and update % args.save_every == 0):
+            state = {"update": update, "queue": queue, "running": running, "generator": generator.get_state()}
+            save_checkpoint(accelerator, folder, writer, run | state)
+        if stop:
+            print(f"\nstopped after {update} updates: the same command with --resume goes on", file=sys.stderr)
+            sys.exit(128 + stop[0])
         if update in (0, args.num_updates) or args.eval_every and update % args.eval_every == 0:
             evaluation = (eval_prompts, eval_noise, judges, sft_rewards, args.temperature, end_ids, max_rows)
             point, responses, rewards = evaluate(policy, reference, *evaluation)
             log(folder / "frontier.jsonl", writer, update, point)
             columns = {"prompts": eval_prompts, "sft_responses": sft_responses, "responses": responses}
             texts = {key: tokenizer.batch_decode(ids, skip_special_tokens=True) for key, ids in columns.items()}
-            writer.add_text("samples", "\n\n".join(" | ".join(map(repr, row)) for row in zip(*texts.values())), update)
             log(folder / "samples.jsonl", writer, update, {**texts, "rewards": rewards.tolist()})
             means = ", ".join(f"{key} {value:.3g}" for key, value in point.items() if not key.endswith("_se"))
             shown = [" ".join(column[update % len(eval_prompts)].split()) for column in texts.values()]
@@ -474,12 +711,13 @@ def main(args):
         while len(queue) < B:
             queue += torch.randperm(len(prompts), generator=generator).tolist()
         batch, queue = [prompts[i] for i in queue[:B]], queue[B:]
-        y, sampled_logprobs = sample_responses(policy, batch, uniform(B, K, T), args.temperature, end_ids)
+        with whole(policy):
+            y, sampled_logprobs = zip(*in_batches(partial(sample, policy), batch, uniform(B * K, T)))
         clock.append(time.perf_counter())
 
         # 2. Score them; a constant added to the scores of a prompt does not reach the rewards.
-        scores = score(batch, y).to(policy.device).view(B, K)
-        ended = torch.tensor([row[-1] in end_ids for row in y], device=policy.device).view(B, K)
+        scores = score(batch, y).view(B, K)
+        ended = torch.tensor([row[-1] in end_ids for row in y]).view(B, K)
         r, scale = centre_and_scale(scores - args.missing_eos_penalty * ~ended, running)  # [B, K]
         clock.append(time.perf_counter())
 
@@ -487,32 +725,44 @@ def main(args):
         # then training's own forward gives it, here for all but the first minibatch, which gets it in its own step.
         logprobs_of = partial(response_logprobs, temperature=args.temperature)
         ref_logprobs = in_batches(partial(logprobs_of, reference), batch, y, max_rows)
+        sampled_logprobs = pad_sequence(sampled_logprobs, batch_first=True)
         sampled_logps, ref_logps = (p.double().sum(1).view(B, K) for p in (sampled_logprobs, ref_logprobs))
         old_logps, groups = sampled_logps.clone(), [y[K * b : K * b + K] for b in range(B)]
         epochs = [torch.randperm(B, generator=generator).split(args.minibatch_size) for _ in range(args.num_epochs)]
         for later in epochs[0][1:] if args.dtype == "bfloat16" else ():
             inputs = [batch[b] for b in later], [row for b in later for row in groups[b]]
-            old_logps[later] = in_batches(partial(logprobs_of, policy), *inputs, max_rows).double().sum(1).view(-1, K)
+            with whole(policy):
+                old_logprobs = in_batches(partial(logprobs_of, policy), *inputs, max_rows)
+            old_logps[later] = old_logprobs.double().sum(1).view(-1, K)
         clock.append(time.perf_counter())
 
-        # 4. Several epochs over minibatches of prompts, these in micro-batches of like length.
+        # 4. Several epochs over minibatches of prompts, shared out among the processes in micro-batches of like length.
+        old_logps, ref_logps, r = (v.to(policy.device) for v in (old_logps, ref_logps, r))
         lengths = torch.tensor([len(x) + sum(map(len, rows)) for x, rows in zip(batch, groups)])
         stats, options = Counter(), (args.beta, args.clip_range, args.ratio_bound)
         for step, minibatch in enumerate(minibatch for epoch in epochs for minibatch in epoch):
-            minibatch, new_logps = minibatch[lengths[minibatch].argsort()], []
-            for micro in minibatch.split(max(1, max_rows // K)):
-                inputs = [batch[b] for b in micro], [row for b in micro for row in groups[b]]
-                new_logps.append(logprobs_of(policy, *inputs).double().sum(1).view(-1, K))
-                if step == 0 and args.dtype == "bfloat16":
-                    old_logps[micro] = new_logps[-1].detach()
-                loss, _ = pairwise_loss(new_logps[-1], *(v[micro] for v in (old_logps, ref_logps, r)), *options)
-                accelerator.backward(loss * (len(micro) / len(minibatch)))
-            new_logps = torch.cat(new_logps).detach()  # metrics are of the whole minibatch, however it was cut
-            _, metrics = pairwise_loss(new_logps, *(v[minibatch] for v in (old_logps, ref_logps, r)), *options)
+            shares = [minibatch[lengths[minibatch].argsort()][p::processes] for p in range(processes)]
+            micros, minibatch, new_logps = shares[rank].split(max(1, max_rows // K)), torch.cat(shares), []
+            for micro in micros:
+                accelerator.sync_gradients = micro is micros[-1]
+                with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
+                    inputs = [batch[b] for b in micro], [row for b in micro for row in groups[b]]
+                    new_logps.append(trained(*inputs, args.temperature).double().sum(1).view(-1, K))
+                    if step == 0 and args.dtype == "bfloat16":
+                        old_logps[micro] = new_logps[-1].detach()
+                    loss, _ = pairwise_loss(new_logps[-1], *(v[micro] for v in (old_logps, ref_logps, r)), *options)
+                    accelerator.backward(loss * len(micro) / len(shares[rank]))  # gradients: mean over the processes
+            new_logps = accelerator.gather(torch.cat(new_logps).detach())  # metrics are of the whole minibatch
+            if step == 0 and args.dtype == "bfloat16":
+                old_logps[minibatch] = new_logps
+            loss, metrics = pairwise_loss(new_logps, *(v[minibatch] for v in (old_logps, ref_logps, r)), *options)
             stats.update({key: value.item() * len(minibatch) / B / args.num_epochs for key, value in metrics.items()})
             if step == 0:  # no gradient step yet: sampling and training should agree
-                ratio_init_error = ((new_logps - sampled_logps[minibatch]).exp() - 1).abs().max().item()
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or float("inf"))
+                ratio_init_error = ((new_logps.cpu() - sampled_logps[minibatch]).exp() - 1).abs().max().item()
+            grad_norm = accelerator.clip_grad_norm_(trained.parameters(), args.max_grad_norm or math.inf)
+            values = {"score": scores[minibatch], "ref_logps": ref_logps[minibatch], "logps": new_logps}
+            inputs = [batch[b] for b in minibatch], [row for b in minibatch for row in groups[b]]
+            check_finite(folder, update + 1, tokenizer, *inputs, **values, loss=loss, gradient=grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         clock.append(time.perf_counter())
@@ -531,11 +781,14 @@ def main(args):
         log(folder / "metrics.jsonl", writer, update + 1, metrics)
         progress.set_postfix_str(f"reward {scores.mean():.2f}, KL {-d.sum(1).mean():.1f}, {len(y) / seconds:.0f}/s")
         progress.update()
-    writer.close()
-    for part in (policy.float(), tokenizer):
-        part.save_pretrained(folder / "model.tmp")
-    (folder / "model.tmp").rename(folder / "model")  # so that it is whole or not there
-    tqdm.write(f"policy saved in {folder}/model; load it with AutoModelForCausalLM.from_pretrained")
+        low_kl = low_kl + 1 if metrics["objective/kl_k1"] < -0.1 or low_kl > 4 else 0
+        if low_kl == 5:  # in a row
+            tqdm.write("warning: mean KL below 0: sampler, masks and log-probabilities may not be of one policy")
+    progress.close()
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        signal.signal(number, usual)
+    inputs = eval_prompts[:4], sft_responses[:4], args.temperature
+    save_model(accelerator, trained, AutoModelForCausalLM, tokenizer, folder, args, inputs)
     return point
 
 
@@ -543,8 +796,15 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    except UserError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        main(args)
+    except (UserError, RunError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        if args.debug:
+            raise
+        code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        hints = ["What was saved is kept: when this is mended, the same command with --resume goes on."][: code % 2]
+        if isinstance(error, torch.OutOfMemoryError):
+            hints += ["Less memory: --micro-batch-size, --gradient-checkpointing, --dtype bfloat16, --unfrozen-layers"]
+        print(f"{Path(__file__).name}: {error or 'interrupted'}", *hints, sep="\n", file=sys.stderr)
+        sys.exit(code)

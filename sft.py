@@ -16,12 +16,15 @@ nothing padded; `logprobs` are per token.
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +35,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi, constants
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
@@ -42,6 +47,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 TINY = Path(__file__).parent / "tiny"
+FREE = {"args", "resume", "overwrite", "debug", "num_updates", "eval_every", "save_every"}  # may differ in a resume
 
 
 def sft_loss(logprobs, mask):
@@ -58,18 +64,24 @@ class Args:
     seed: int = 1  # of the sampling noise, the order of the data and any new weights
     output_dir: str = ""  # the run's folder (default: runs/SCRIPT/DATASET/MODEL)
     overwrite: bool = False  # replace the run that the folder holds
+    resume: bool = False  # go on from the folder's last checkpoint, or from the beginning where there is none
+    save_every: int = 200  # updates between checkpoints (0: only at the end, and when stopped by Ctrl-C or SIGTERM)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    debug: bool = False  # show the traceback of a mistake too
     # Model
     model: str = "tiny"  # tiny (embedded), a short name (pythia-14m … pythia-12b), a hub id, or a folder
+    trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
     # Data
     dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
+    truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
     # Sizes
     data_epochs: int = 1  # passes over the training data
     num_updates: int = 0  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
     minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; weights, sums and the head stay in float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products alone (float16 overflows: not offered)
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
     unfrozen_layers: int = 0  # train only the last layers, and the head if it has its own weights (0: everything)
     # Optimiser
@@ -87,15 +99,44 @@ class Args:
 
 
 class UserError(Exception):
-    """A mistake in what the user gave, told in one sentence without a traceback; exit code 2."""
+    """A mistake in what the user gave, told in one sentence without a traceback; exit code 2, nothing was changed."""
 
 
-# -------------------------------------------------------------------------------------------------------- find and load
+class RunError(Exception):
+    """What ends a run that had begun, told in one sentence; exit code 1, the last checkpoint is kept."""
+
+
+# ----------------------------------------------------------------------------------------------- set up, find and load
+def set_up(args):
+    """The accelerator: one device, or one a process. Raises UserError for a number out of range, before all else."""
+    at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs data_epochs ratio_bound"
+    lowest = dict.fromkeys(f"{at_least_1} max_prompt_tokens max_response_tokens".split(), 1)
+    lowest |= {"eval_prompts": 2, "temperature": 0.001}
+    for name, value in vars(args).items():
+        flag, low, high = f"--{name.replace('_', '-')} {value}", lowest.get(name, 0), 1 if "betas" in name else math.inf
+        if not all(low <= x < high for x in (value if name == "adam_betas" else [value]) if not isinstance(x, str)):
+            raise UserError(f"{flag}: expected at least {low}" + (f", below {high}." if high == 1 else "."))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
+    options = {"mixed_precision": "no", "kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False)]}
+    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), **options)
+    size, prompts = args.minibatch_size, getattr(args, "prompts_per_update", args.minibatch_size)
+    if prompts % size or size % accelerator.num_processes:
+        given = f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}, and that"
+        raise UserError(f"{given} of the number of processes, {accelerator.num_processes}.")
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != "FSDP":
+        print("note: accelerate shards a model (FSDP) on GPUs alone; here every process holds all of it (DDP)")
+    return accelerator
+
+
 def short_name(path):
     """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
     record = Path(path).parent / "args.json"
     saved = json.loads(record.read_text()) if record.is_file() else {}
-    return saved.get("base_name") or re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+    name = re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+    return Path(saved.get("base_name") or name).name
 
 
 def fetch(kind, name, flag, load):
@@ -105,6 +146,7 @@ def fetch(kind, name, flag, load):
             HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
         return load()
     except Exception as error:
+        error = error.__cause__ or error  # of what the datasets library wraps
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         where = "can be read from there" if Path(name).exists() else "is there, on this machine or on huggingface.co"
         raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
@@ -112,7 +154,7 @@ def fetch(kind, name, flag, load):
 
 def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
     """A model in evaluation mode, so without dropout, from a folder or the hub; see set_up_model. Raises UserError."""
-    options |= {"dtype": torch.float32, "output_loading_info": True}
+    options |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": args.trust_remote_code}
     model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
     if info["missing_keys"] and not new_head:
         raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
@@ -145,65 +187,94 @@ def set_up_model(model, args, train):
     return model
 
 
+def load_tokenizer(name, model, args):
+    """The tokenizer of a policy, and the ids that end its responses. Raises UserError."""
+    options = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = fetch("tokenizer", name, "--model", lambda: AutoTokenizer.from_pretrained(name, **options))
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
+    generation = getattr(model, "generation_config", None) or model.config
+    ends = (tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id)
+    return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
+
+
 def read_dataset(name, flag):
-    """The splits of a file, folder or hub dataset, training data first, held-out data next. Raises UserError."""
+    """The splits of a file, folder or hub dataset as lists of rows (dicts), training data first, held-out data next.
+    JSON lines are parsed here: the library would turn text that looks like a date into one. Raises UserError."""
     path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}.get(name, name)
     where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
-    splits = fetch("dataset", path, flag, lambda: datasets.load_dataset(where, data_files=files))
-    return [splits[key] for key in ("train", "test", "validation") if key in splits] or list(splits.values())
+
+    def load():
+        builder = datasets.load_dataset_builder(where, data_files=files)
+        is_json = type(builder).__name__ == "Json"
+        source, data_files = ("text", builder.config.data_files) if is_json else (where, files)
+        return datasets.load_dataset(source, data_files=data_files), is_json
+
+    splits, is_json = fetch("dataset", path, flag, load)
+    parts = {key: list(part) for key, part in splits.items()}
+    for key, part in parts.items() if is_json else ():
+        parts[key] = rows = []
+        for number, line in enumerate(part, 1):
+            try:
+                rows += [{**json.loads(line["text"])}] if line["text"].strip() else []
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{flag} {name}: line {number} of {key} is no JSON object ({error}).") from error
+    return [parts[key] for key in ("train", "test", "validation") if key in parts] or list(parts.values())
 
 
-def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_tokens):
+def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_tokens, truncate):
     """(train, held-out) rows of 1-D id tensors, {"prompt", *columns}, responses with one EOS; prints what is left out.
 
     Data of pairs give demonstrations by their chosen responses. Without a column `prompt`, chosen and rejected are
     dialogues that share all up to the last "\n\nAssistant:", as in HH. Without held-out data a tenth of the prompts (at
     most 1,000) is held out. Prompt and response are tokenised apart, as sampling sees them. Raises UserError."""
-    parts, counts = read_dataset(dataset, "--dataset")[:2], Counter()
+    parts, keys, counts = read_dataset(dataset, "--dataset")[:2], ("prompt", *columns), (Counter(), Counter())
+    forms = [{*keys}, {"chosen", "rejected"}] + [{"prompt", "chosen"}] * ("rejected" not in columns)
     for i, part in enumerate(parts):
-        found, texts = part.column_names, []
-        needs = [{"prompt", *columns}, {"chosen", "rejected"}] + [{"prompt", "chosen"}] * ("rejected" not in columns)
-        if not any(need <= {*found} for need in needs):
-            wanted = f"the columns prompt, {', '.join(columns)}, or chosen and rejected"
-            raise UserError(f"--dataset {dataset}: expected {wanted}; found {found}.")
-        for key in {"prompt", "chosen", "rejected", *columns} & {*found}:
-            if not all(isinstance(x, str) for x in part[key]):
-                raise UserError(
-                    f"--dataset {dataset}: column {key} holds {part.features[key]} or null, expected strings."
-                )
-        for row in part:
+        found, rows = {*part[0]} if part else set(), []
+        if not any(form <= found for form in forms):
+            wanted = " or ".join(", ".join(sorted(form)) for form in forms)
+            raise UserError(f"--dataset {dataset}: expected columns {wanted}; found {sorted(found)}.")
+        for number, row in enumerate(part, 1):
+            for key in {*keys, "chosen", "rejected"} & found:
+                if not isinstance(text := row.get(key), str):
+                    raise UserError(f"--dataset {dataset}: row {number}: expected text in {key}; found {text!r:.60}.")
             if "prompt" not in found:
                 at = row["chosen"].rfind("\n\nAssistant:") + 12
                 if at == 11 or row["chosen"][:at] != row["rejected"][:at]:
-                    counts["dropped: chosen and rejected have no prompt in common"] += 1
+                    counts[i]["dropped: chosen and rejected have no prompt in common"] += 1
                     continue
                 row = {"prompt": row["chosen"][:at], "chosen": row["chosen"][at:], "rejected": row["rejected"][at:]}
-            texts.append({key: row.get(key, row.get("chosen")) for key in ("prompt", *columns)})
-        parts[i] = texts
+            row = {key: row.get(key, row.get("chosen")) for key in keys}
+            if not all(map(str.strip, row.values())):
+                counts[i]["dropped: empty prompt or response"] += 1
+            elif len({row[key] for key in columns}) < len(columns):
+                counts[i]["dropped: chosen and rejected are equal"] += 1
+            else:
+                rows.append(row)
+        parts[i] = rows
     if len(parts) == 1:
         prompts = list(dict.fromkeys(row["prompt"] for row in parts[0]))
         shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
         held = {prompts[i] for i in shuffled[: min(max(len(prompts) // 10, 1), 1000)]}
         parts = [[row for row in parts[0] if (row["prompt"] in held) == out] for out in (False, True)]
     for i, name in enumerate(("train", "held-out")):
-        if not parts[i]:
-            raise UserError(f"--dataset {dataset}: there are no {name} rows.")
-        keys, rows = ("prompt", *columns), []
-        ids = [tokenizer([row[key] for row in parts[i]], add_special_tokens=key == "prompt").input_ids for key in keys]
+        texts, rows = [[row[key] for row in parts[i]] for key in keys], []
+        ids = [tokenizer(t, add_special_tokens=key == "prompt").input_ids for key, t in zip(keys, texts) if t]
         for prompt, *responses in zip(*ids):
-            if not prompt or not all(responses):
-                counts["dropped: empty prompt or response"] += 1
-            elif len(prompt) > max_prompt_tokens:
-                counts[f"dropped: prompt of more than {max_prompt_tokens} tokens"] += 1
-            else:
+            done = f"{'cut' if truncate else 'dropped'}: prompt of more than {max_prompt_tokens} tokens"
+            counts[i][done] += len(prompt) > max_prompt_tokens
+            if truncate or len(prompt) <= max_prompt_tokens:
                 responses = [y if y[-1] == tokenizer.eos_token_id else [*y, tokenizer.eos_token_id] for y in responses]
-                counts[f"cut at {max_response_tokens} tokens"] += sum(len(y) > max_response_tokens for y in responses)
-                row = [prompt, *(y[:max_response_tokens] for y in responses)]
+                cut = sum(len(y) > max_response_tokens for y in responses)
+                counts[i][f"cut: response of more than {max_response_tokens} tokens"] += cut
+                row = [prompt[-max_prompt_tokens:], *(y[:max_response_tokens] for y in responses)]
                 rows.append({key: torch.tensor(values) for key, values in zip(keys, row)})
-        print(f"{'':14}{len(rows):,} {name} rows" + "".join(f"; {n:,} {what}" for what, n in counts.items() if n))
+        print(f"{'':14}{len(rows):,} {name} rows" + "".join(f"; {n:,} {what}" for what, n in counts[i].items() if n))
         if not rows:
             raise UserError(f"--dataset {dataset}: no {name} rows are left; see the counts above.")
-        parts[i], counts = rows, Counter()
+        parts[i] = rows
     return parts
 
 
@@ -228,11 +299,11 @@ class InplaceLayer(DynamicLayer):
 @torch.autocast("cpu", enabled=False)  # only a scope: the trunk's autocasts inside it share the weights they round
 def sample_responses(model, prompts, noise, temperature, end_ids):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
-    `noise` [B, K, T]: the one random number behind each token, float64 in [0, 1): a row depends on its own noise alone.
-    Returns N = B·K responses, the K of a prompt side by side, up to and including an id of `end_ids`, and the
-    log-probabilities of their tokens, [N, T] float32, 0 on padding."""
-    (B, K, T), device = noise.shape, model.device
-    noise, end_ids = noise.view(B * K, T).to(device), torch.tensor(end_ids, device=device)
+    `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
+    response depends on its own row alone. Returns N pairs on the CPU: the tokens of a response, up to and including an
+    id of `end_ids`, and their log-probabilities, float32."""
+    noise, end_ids, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
+    (N, T), K, noise = noise.shape, len(noise) // len(prompts), noise.to(device)
     input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
     cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
@@ -242,8 +313,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     hidden = model.base_model(input_ids, **inputs).last_hidden_state
     hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
     cache.batch_repeat_interleave(K)
-    tokens, logprobs = input_ids.new_zeros(B * K, T), torch.zeros(B * K, T, device=device)
-    rows, going = torch.arange(B * K, device=device), torch.ones(B * K, dtype=torch.bool, device=device)  # kept
+    tokens, logprobs = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device)
+    rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # kept
     for t in range(T):
         probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
         # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
@@ -260,8 +331,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
         inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
         hidden = model.base_model(token, **inputs).last_hidden_state
     over = F.pad(torch.isin(tokens, end_ids).cumsum(1), (1, 0))[:, :T] > 0  # [N, T], what follows the end of a response
-    lengths = T - over.sum(1)
-    return [y[:n] for y, n in zip(tokens.cpu(), lengths)], logprobs.masked_fill(over, 0)[:, : lengths.max()]
+    return [(y[:n], p[:n]) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), (T - over.sum(1)).tolist())]
 
 
 def response_hidden(model, prompts, responses):
@@ -305,46 +375,175 @@ def response_logprobs(model, prompts, responses, temperature):
 
 
 @torch.no_grad()
-def in_batches(function, prompts, responses, batch_size):
-    """function(prompts, responses) -> [rows, …] in batches of like length, no gradient; [N, …] in order, padded."""
-    K, rows = len(responses) // len(prompts), [None] * len(responses)
+def in_batches(function, prompts, responses, batch_size=0):
+    """function(prompts, responses) -> a result for each response, without gradient, in batches of like length (0: one a
+    process) shared out among the processes. All get all results, in order, on the CPU; tensors as one, [N, …]."""
+    K, N, state = len(responses) // len(prompts), len(responses), PartialState()
     lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
-    for part in lengths.argsort().split(max(1, batch_size // K)):
-        indices = [K * b + k for b in part for k in range(K)]
-        for i, row in zip(indices, function([prompts[b] for b in part], [responses[i] for i in indices])):
+    batches, rows = lengths.argsort().split(max(1, (batch_size or math.ceil(N / state.num_processes)) // K)), [None] * N
+    for batch in batches[state.process_index :: state.num_processes]:
+        indices = [K * b + k for b in batch for k in range(K)]
+        results = function([prompts[b] for b in batch], [responses[i] for i in indices])
+        for i, row in zip(indices, results.cpu() if torch.is_tensor(results) else results):
             rows[i] = row
-    return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+    rows = [next(row for row in of_all if row is not None) for of_all in zip(*gather_object([rows]))]
+    if torch.is_tensor(rows[0]):
+        return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+    return rows
 
 
-def open_run(folder, args, **record):
-    """Make the run's folder: args.json now; .jsonl files, TensorBoard's, model/ follow. UserError if it is taken."""
-    if folder.is_dir() and any(folder.iterdir()) and not (args.overwrite and (folder / "args.json").is_file()):
-        raise UserError(f"{folder} holds files already. Pass --overwrite to replace a run, or another --output-dir.")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+# ------------------------------------------------------------------------------------------ processes, checkpoints, run
+class Trained(torch.nn.Module):
+    """What is trained, a module whose forward is function(model, …): DDP, FSDP and DeepSpeed bring gradients together
+    where the forward of the module they wrap is called; one of the model inside would skip that without a word."""
+
+    def __init__(self, model, function):
+        super().__init__()
+        self.model, self.function, self._no_split_modules = model, function, model._no_split_modules
+
+    def forward(self, *inputs):
+        return self.function(self.model, *inputs)
+
+
+@contextmanager
+def whole(model):
+    """All weights in every process while the model is called outside of training; only FSDP has them in parts."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True)
+
+
+def check_finite(folder, update, tokenizer, prompts, responses, **values):
+    """Raises RunError where a value is not finite, after writing all of them, and the batch they are of, to the run's
+    folder. values: of the batch [], its prompts [B, …] or its responses [N]."""
+    bad = {name: value for name, value in values.items() if not value.isfinite().all()}
+    if bad:
+        rows = sorted({i for v in bad.values() if v.ndim for i in (~v.isfinite()).nonzero()[:, 0].tolist()})
+        texts = {"prompts": tokenizer.batch_decode(prompts), "responses": tokenizer.batch_decode(responses)}
+        values = {name: value.tolist() for name, value in values.items()}
+        file = folder / f"bad_batch_{PartialState().process_index}.json"
+        file.write_text(json.dumps({"update": update, "rows": rows, **values, **texts}, indent=1))
+        where = f"in rows {rows} of the batch" if rows else "for the whole batch"
+        raise RunError(f"update {update}: {', '.join(bad)} not finite {where}, which is in {file}.")
+
+
+def open_run(accelerator, folder, args, **record):
+    """Make the run's folder, or go on in it: `record`, with what save_checkpoint was given last; None if it has ended.
+    Raises UserError, before anything is changed, where the folder, its run or its checkpoint does not fit."""
     git = subprocess.run(f"git -C '{TINY.parent}' rev-parse HEAD", shell=True, capture_output=True, text=True)
+    record |= {"format": 1, **json.loads(json.dumps({"args": asdict(args)}))}
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    record |= {"args": asdict(args), "versions": versions, "git_commit": git.stdout.strip()}
-    (folder / "args.json").write_text(json.dumps(record, indent=1))
+    file, state, taken = folder / "args.json", {}, folder.exists() and any(folder.iterdir())
+    last = max((folder / "checkpoint").glob("*[0-9]"), default=None)
+    choice = f"Pass --overwrite to replace it, or another --output-dir than {folder}."
+    if taken and not file.is_file():
+        raise UserError(f"{folder} holds files already, and no run; pass another --output-dir.")
+    if taken and not args.overwrite:
+        try:
+            saved, state = json.loads(file.read_text()), torch.load(last / "state.pt") if last else {}
+            now, *before = ({**r, **r["args"]} for r in (record, saved, state or saved))
+            changed = {k: r.get(k) for r in before for k in now.keys() - FREE if r.get(k) != now[k]}
+            for name, size in state.get("files", {}).items():
+                if os.path.getsize(folder / name) < size:
+                    raise ValueError(f"{name} was cut short")
+            ended = (folder / "model").is_dir() and saved["args"]["num_updates"] == args.num_updates
+            if last and args.resume and not ended and not changed:
+                accelerator.load_state(last)
+        except Exception as error:
+            raise UserError(f"{last or file} is damaged ({type(error).__name__}: {error}). {choice}") from error
+        if changed:
+            said = ", ".join(f"{key} {value!r} (now {now[key]!r})" for key, value in sorted(changed.items()))
+            raise UserError(f"{folder} holds a run with {said}. {choice}")
+        if ended:
+            return print("ended         this run was made before (--overwrite makes it again)")
+        if not args.resume:
+            raise UserError(f"{folder} holds a run that has not ended. Pass --resume to go on with it. {choice}")
+        print(f"resumed       {f'from {last}' if last else 'from the beginning, there is no checkpoint yet'}")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        try:
+            for path in folder.iterdir() if taken else ():
+                if path.name in state.get("files", {}):  # files that grow are cut back to the checkpoint
+                    os.truncate(path, state["files"][path.name])
+                elif not state or path.name == "model" or path.suffix == ".jsonl" or "tfevents" in path.name:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            version = {"versions": versions, "git_commit": git.stdout.strip()}
+            (folder / "args.part").write_text(json.dumps(record | version, indent=1))
+            (folder / "args.part").rename(file)
+        except OSError as error:
+            raise UserError(f"--output-dir {folder}: nothing can be written there ({error}).") from error
+    accelerator.wait_for_everyone()
+    return record | state
+
+
+def save_checkpoint(accelerator, folder, writer, state):
+    """All that a resume needs, in folder/checkpoint/UPDATE; the one before goes when this is whole. Raises RunError."""
+    new = folder / f"checkpoint/{state['update']:08}"
+    part, main = new.with_suffix(".part"), accelerator.is_main_process
+    try:
+        accelerator.save_state(part, safe_serialization=False)
+        if main:
+            writer.flush()
+            files = [*folder.glob("*.jsonl"), *folder.glob("*tfevents*")]
+            torch.save({**state, "files": {file.name: file.stat().st_size for file in files}}, part / "state.pt")
+        accelerator.wait_for_everyone()
+        if main:
+            part.rename(new)
+            for other in {*new.parent.iterdir()} - {new}:
+                shutil.rmtree(other)
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunError(f"{new} could not be written ({type(error).__name__}: {error}).") from error
+
+
+def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs):
+    """The model in folder/model, plain files of transformers, in place when they are whole and, loaded again, compute
+    the same of `inputs`, trained's arguments (to 1e-5 relative). Raises RunError."""
+    part, weights = folder / "model.part", accelerator.get_state_dict(trained)
+    inner = accelerator.unwrap_model(trained)
+    with torch.no_grad(), whole(inner):
+        expected = inner(*inputs)
+        if accelerator.is_main_process:
+            try:
+                weights = {name.removeprefix("model."): weight.float() for name, weight in weights.items()}
+                inner.model.save_pretrained(part, state_dict=weights)
+                tokenizer.save_pretrained(part)
+            except Exception as error:
+                raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
+            found = inner.function(load_model(auto_class, part, "--output-dir", inner.model.device, args), *inputs)
+            if not (found - expected).abs().max() <= 1e-5 * expected.abs().max():
+                raise RunError(f"{part}, loaded again, computes other numbers: {found} instead of {expected}.")
+            part.rename(folder / "model")
+    accelerator.wait_for_everyone()
+    print(f"saved in      {folder}/model, for {auto_class.__name__}.from_pretrained")
 
 
 def log(file, writer, step, values):
-    """Append a line to a .jsonl file of the run, and its numbers to TensorBoard."""
-    with open(file, "a") as stream:
-        stream.write(json.dumps({"step": step, **values}) + "\n")
-    for key, value in values.items():
-        if not isinstance(value, list):
-            writer.add_scalar(f"eval/{key}" if file.stem == "frontier" else key, value, step)
+    """Append a line to a .jsonl file of the run, and its values to TensorBoard; only the main process has a writer."""
+    if writer:
+        with open(file, "a") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            if not isinstance(value, list):
+                writer.add_scalar(f"eval/{key}" if file.stem == "frontier" else key, value, step)
+        if columns := [value for value in values.values() if isinstance(value, list)]:
+            writer.add_text(file.stem, "\n\n".join(" | ".join(map(repr, row)) for row in zip(*columns)), step)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
 def main(args):
     # ------------------------------------------------------------------------- model, data
+    accelerator = set_up(args)
     args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
     if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
         args.model = f"EleutherAI/{args.model}"
     torch.manual_seed(args.seed)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # Apple's GPU has no float64
     if args.model == "tiny":  # embedded as a configuration: its weights start from nothing
         policy_path = f"{TINY}/init"
         policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy_path)).to(accelerator.device).eval()
@@ -352,45 +551,65 @@ def main(args):
     else:
         policy_path = args.model
         policy = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args, train=True)
-    tokenizer = fetch("tokenizer", policy_path, "--model", lambda: AutoTokenizer.from_pretrained(policy_path))
+    tokenizer, end_ids = load_tokenizer(policy_path, policy, args)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {policy_path}: its tokenizer has no end-of-sequence token, which ends a response.")
     print(f"model         {policy_path} (from --model {args.model})")
     print(f"dataset       {args.dataset} (--dataset changes it)")
-    limits = (args.max_prompt_tokens, args.max_response_tokens)
-    rows, eval_rows = load_rows(tokenizer, args.dataset, ("completion",), *limits)
+    limits = (args.max_prompt_tokens, args.max_response_tokens, args.truncate_prompts)
+    with accelerator.local_main_process_first():  # one process of a machine fills the cache of datasets
+        rows, eval_rows = load_rows(tokenizer, args.dataset, ("completion",), *limits)
     eval_rows = eval_rows[: args.eval_prompts]
 
-    # ------------------------------------------------------------------------- run folder, optimiser
-    base = "tiny" if args.model == "tiny" else short_name(policy_path)
-    folder = Path(args.output_dir or f"runs/sft/{short_name(args.dataset)}/{base}")
-    open_run(folder, args, script="sft", base_name=base, policy=policy_path)
-    print(f"run folder    {folder} (--output-dir changes it)")
-    writer = SummaryWriter(folder)
+    # ------------------------------------------------------------------------- optimiser, run folder
     per_epoch = math.ceil(len(rows) / args.minibatch_size)
     num_updates = min(args.num_updates or math.inf, args.data_epochs * per_epoch)
     lr = args.learning_rate or (3e-3 if args.model == "tiny" else 1e-5)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay, fused=True)
+    weights, options = policy.parameters(), {"weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(weights, lr, args.adam_betas, **options)
     scheduler = transformers.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, num_updates)
+    trained, optimizer = accelerator.prepare(Trained(policy, response_logprobs), optimizer)
+    base = "tiny" if args.model == "tiny" else short_name(policy_path)
+    folder = Path(args.output_dir or f"runs/sft/{short_name(args.dataset)}/{base}")
+    print(f"run folder    {folder} (--output-dir changes it)")
+    run = open_run(accelerator, folder, args, script="sft", base_name=base, policy=policy_path)
+    if run is None:
+        return json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
+    writer = SummaryWriter(folder) if accelerator.is_main_process else None
     order = torch.Generator().manual_seed(args.seed)
 
     # ------------------------------------------------------------------------- training
     x, y = [row["prompt"] for row in rows], [row["completion"] for row in rows]
     eval_x, eval_y = [row["prompt"] for row in eval_rows], [row["completion"] for row in eval_rows]
-    shown_noise = torch.rand(1, 1, args.max_response_tokens, dtype=torch.float64, generator=order)
+    shown_noise = torch.rand(1, args.max_response_tokens, dtype=torch.float64, generator=order)
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in zip(x, y)])
-    queue, progress = [], tqdm(total=num_updates, desc="sft", unit="update")
-    for update in range(num_updates + 1):
-        # 0. Every so often, evaluate on held-out rows and show a response.
+    start, queue = run.get("update", 0), run.get("queue", [])
+    order.set_state(run.get("order", order.get_state()))
+    scheduler.load_state_dict(run.get("scheduler", scheduler.state_dict()))
+    processes, rank, caught = accelerator.num_processes, accelerator.process_index, []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(number))
+    progress = tqdm(total=num_updates, initial=start, desc="sft", unit="update", disable=writer is None)
+    for update in range(start, num_updates + 1):
+        # 0. Every so often save what a resume needs, and evaluate on held-out rows.
+        stop = gather_object(caught)
+        if update > start and (stop or update == num_updates or args.save_every and update % args.save_every == 0):
+            state = {"update": update, "queue": queue, "order": order.get_state(), "scheduler": scheduler.state_dict()}
+            save_checkpoint(accelerator, folder, writer, run | state)
+        if stop:
+            print(f"\nstopped after {update} updates: the same command with --resume goes on", file=sys.stderr)
+            sys.exit(128 + stop[0])
         if update in (0, num_updates) or args.eval_every and update % args.eval_every == 0:
-            logprobs = partial(response_logprobs, policy, temperature=args.temperature)
-            total = in_batches(logprobs, eval_x, eval_y, args.micro_batch_size).double().sum().item()
+            logprobs_of = partial(response_logprobs, policy, temperature=args.temperature)
+            shown = eval_x[update % len(eval_x)]
+            with whole(policy):
+                total = in_batches(logprobs_of, eval_x, eval_y, args.micro_batch_size).double().sum().item()
+                ((response, _),) = sample_responses(policy, [shown], shown_noise, args.temperature, end_ids)
             loss = -total / sum(len(response) for response in eval_y)
             log(folder / "evaluations.jsonl", writer, update, {"sft/eval_loss": loss})
-            shown = eval_x[update % len(eval_x)]
-            response, _ = sample_responses(policy, [shown], shown_noise, args.temperature, [tokenizer.eos_token_id])
-            texts = (" ".join(tokenizer.decode(ids).split()) for ids in (shown, response[0]))
-            tqdm.write(
-                f"\nafter {update} updates: held-out loss {loss:.3f} nats a token (perplexity {math.exp(loss):.1f})"
-            )
+            texts = (" ".join(tokenizer.decode(ids).split()) for ids in (shown, response))
+            perplexity = math.exp(min(loss, 100))
+            tqdm.write(f"\nafter {update} updates: held-out loss {loss:.3f} nats a token (perplexity {perplexity:.1f})")
             tqdm.write("   prompt   {}\n   response {}".format(*texts))
         if update == num_updates:
             break
@@ -400,17 +619,25 @@ def main(args):
         if not queue:
             queue = list(torch.randperm(len(rows), generator=order).split(args.minibatch_size))
         minibatch = queue.pop(0)
-        tokens = sum(len(y[i]) for i in minibatch)
-        stats = Counter()
-        for micro in minibatch[lengths[minibatch].argsort()].split(args.micro_batch_size):
-            micro_y = [y[i] for i in micro]
-            logprobs = response_logprobs(policy, [x[i] for i in micro], micro_y, args.temperature)
-            mask = pad_sequence([torch.ones_like(row) for row in micro_y], batch_first=True).to(logprobs.device)
-            loss, metrics = sft_loss(logprobs, mask)
-            share = mask.sum().item() / tokens  # so that the loss is a mean over the tokens of the whole minibatch
-            accelerator.backward(loss * share)
+        shares = [minibatch[lengths[minibatch].argsort()][p::processes] for p in range(processes)]
+        mine, tokens = shares[rank] if len(shares[rank]) else minibatch[:1], sum(len(y[i]) for i in minibatch)
+        stats, logps, micros = Counter(), [], mine.split(args.micro_batch_size)
+        for micro in micros:
+            accelerator.sync_gradients = micro is micros[-1]
+            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
+                micro_y = [y[i] for i in micro]
+                logprobs = trained([x[i] for i in micro], micro_y, args.temperature)
+                mask = pad_sequence([torch.ones_like(row) for row in micro_y], batch_first=True).to(logprobs.device)
+                loss, metrics = sft_loss(logprobs, mask)
+                # The loss is a mean over the tokens of the whole minibatch; a process without rows repeats one in vain.
+                share = mask.sum().item() / tokens * (len(shares[rank]) > 0)
+                accelerator.backward(loss * share * processes)  # gradients: mean over the processes
+            logps.append(logprobs.detach().sum(1))
             stats.update({key: value.item() * share for key, value in metrics.items()})
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf)
+        stats = {key: sum(part[key] for part in gather_object([stats])) for key in stats}
+        grad_norm = accelerator.clip_grad_norm_(trained.parameters(), args.max_grad_norm or math.inf)
+        values = {"logps": torch.cat(logps), "loss": torch.tensor(stats["sft/loss"]), "gradient": grad_norm}
+        check_finite(folder, update + 1, tokenizer, [x[i] for i in mine], [y[i] for i in mine], **values)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         optimizer.zero_grad()
@@ -425,11 +652,10 @@ def main(args):
         progress.update()
 
     progress.close()
-    writer.close()
-    for part in (policy.float(), tokenizer):
-        part.save_pretrained(folder / "model.tmp")
-    (folder / "model.tmp").rename(folder / "model")  # so that it is whole or not there
-    print(f"policy saved in {folder}/model; load it with AutoModelForCausalLM.from_pretrained")
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        signal.signal(number, usual)
+    inputs = eval_x[:4], eval_y[:4], args.temperature
+    save_model(accelerator, trained, AutoModelForCausalLM, tokenizer, folder, args, inputs)
     return {"sft/eval_loss": loss}
 
 
@@ -437,8 +663,15 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    except UserError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        main(args)
+    except (UserError, RunError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        if args.debug:
+            raise
+        code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        hints = ["What was saved is kept: when this is mended, the same command with --resume goes on."][: code % 2]
+        if isinstance(error, torch.OutOfMemoryError):
+            hints += ["Less memory: --micro-batch-size, --gradient-checkpointing, --dtype bfloat16, --unfrozen-layers"]
+        print(f"{Path(__file__).name}: {error or 'interrupted'}", *hints, sep="\n", file=sys.stderr)
+        sys.exit(code)

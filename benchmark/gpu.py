@@ -56,8 +56,8 @@ class StaticLayer(DynamicLayer):
 def graph_sample_responses(model, prompts, noise, temperature, end_ids):
     """What sample_responses returns, for full-attention models: every step has the same shapes and tensors, so that on
     CUDA one is captured as a graph and replayed. No row leaves; the loop ends when all rows have ended."""
-    (B, K, T), device = noise.shape, model.device
-    noise, end_ids = noise.view(B * K, T).to(device), torch.tensor(end_ids, device=device)
+    (N, T), K, device = noise.shape, len(noise) // len(prompts), model.device
+    noise, end_ids = noise.to(device), torch.tensor(end_ids, device=device)
     input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
     cache = DynamicCache(config=model.config)
@@ -69,8 +69,8 @@ def graph_sample_responses(model, prompts, noise, temperature, end_ids):
     t, at = (torch.tensor([n], device=device) for n in (0, input_ids.shape[1]))
     cache.layers = [StaticLayer(layer, T, at) for layer in cache.layers]
     positions, seen = mask.sum(1, keepdim=True), F.pad(mask.bool(), (0, T))[:, None, None]  # [N, 1, 1, L]
-    tokens, logprobs = input_ids.new_zeros(B * K, T), torch.zeros(B * K, T, device=device)
-    token, ended = tokens[:, :1].clone(), torch.zeros(B * K, dtype=torch.bool, device=device)
+    tokens, logprobs = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device)
+    token, ended = tokens[:, :1].clone(), torch.zeros(N, dtype=torch.bool, device=device)
     hidden = hidden.float().clone()
 
     def choose():
@@ -104,8 +104,7 @@ def graph_sample_responses(model, prompts, noise, temperature, end_ids):
         if i % 8 == 0 and ended.all():
             break
     over = F.pad(torch.isin(tokens, end_ids).cumsum(1), (1, 0))[:, :T] > 0
-    lengths = T - over.sum(1)
-    return [y[:n] for y, n in zip(tokens.cpu(), lengths)], logprobs.masked_fill(over, 0)[:, : lengths.max()]
+    return [(y[:n], p[:n]) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), (T - over.sum(1)).tolist())]
 
 
 def seconds(function, trials=3):
@@ -151,8 +150,8 @@ def some_ids(count, length):
 def decoding(shape, limits, sampler, prompts, length, tokens):
     """Seconds a step (prompts aside) and the share of the copy bandwidth at which it reads weights and cache."""
     model = build(shape, "policy", train=True)
-    x, noise = some_ids(prompts, length), torch.rand(prompts, 2, tokens, dtype=torch.float64)
-    whole, few = (seconds(lambda n=n: sampler(model, x, noise[:, :, :n], 1.0, [-1])) for n in (tokens, tokens // 4))
+    x, noise = some_ids(prompts, length), torch.rand(2 * prompts, tokens, dtype=torch.float64)
+    whole, few = (seconds(lambda n=n: sampler(model, x, noise[:, :n], 1.0, [-1])) for n in (tokens, tokens // 4))
     step = (whole - few) / (tokens - tokens // 4)
     config, rows = model.config, 2 * prompts
     trunk = sum(p.numel() for p in model.base_model.layers.parameters())
@@ -168,13 +167,11 @@ def same_tokens(shape):
     with torch.device(DEVICE):
         model = GPTNeoXForCausalLM(config_of(shape)).eval()
     prompts = [ids[: 9 + i] for i, ids in enumerate(some_ids(8, 24))]
-    inputs = (model, prompts, torch.rand(8, 2, 40, dtype=torch.float64), 1.0, [7])
-    (y, logprobs), (z, other) = p3o.sample_responses(*inputs), graph_sample_responses(*inputs)
-    return {
-        "same": sum(torch.equal(a, b) for a, b in zip(y, z)),
-        "of": len(y),
-        "largest_difference": (logprobs - other).abs().max().item() if logprobs.shape == other.shape else None,
-    }
+    inputs = (model, prompts, torch.rand(16, 40, dtype=torch.float64), 1.0, [7])
+    pairs = list(zip(p3o.sample_responses(*inputs), graph_sample_responses(*inputs)))
+    same = [(p, q) for (y, p), (z, q) in pairs if torch.equal(y, z)]
+    difference = max(((p - q).abs().max().item() for p, q in same), default=None)
+    return {"same": len(same), "of": len(pairs), "largest_difference": difference}
 
 
 def training(shape, limits, rows, length, tokens, checkpointing):
@@ -200,11 +197,11 @@ def update(shape, rows, length, tokens, micro_batch_size):
     policy, reference = build(shape, "policy", True, True), build(shape, "policy")
     scorer, K = build(shape, "score"), 2
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
-    prompts, noise = some_ids(rows // K, length), torch.rand(rows // K, K, tokens, dtype=torch.float64)
+    prompts, noise = some_ids(rows // K, length), torch.rand(rows, tokens, dtype=torch.float64)
     logprobs = partial(p3o.response_logprobs, temperature=1.0)
 
     def run():
-        y, _ = p3o.sample_responses(policy, prompts, noise, 1.0, [-1])
+        y = [row for row, _ in p3o.sample_responses(policy, prompts, noise, 1.0, [-1])]
         r = p3o.in_batches(partial(p3o.response_scores, scorer), prompts, y, micro_batch_size).view(-1, K)
         ref = p3o.in_batches(partial(logprobs, reference), prompts, y, micro_batch_size).double().sum(1).view(-1, K)
         for part in torch.arange(len(prompts)).split(max(1, micro_batch_size // K)):

@@ -1,7 +1,13 @@
-"""What the tests share: the scripts on the path, and tiny random models of five shapes with sharp distributions."""
+"""What the tests share: the scripts on the path, scripts as processes that start at once, and tiny random models."""
 
+import atexit
 import copy
+import json
+import os
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +30,99 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+# A process that has imported the libraries and forks one child for every script to run: the imports, several seconds,
+# are paid once. It runs nothing itself, so that no thread is lost in a fork.
+NURSERY = """
+import json, os, runpy, signal, sys, traceback
+import accelerate, datasets, torch, transformers, tyro
+import torch.utils.tensorboard
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    job = json.loads(line)
+    if os.fork():
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = os.fork()
+    if child:  # stays to tell the child's number and exit code
+        for name, value in (("pid", lambda: child), ("code", lambda: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))):
+            value = value()
+            with open(f"{job['output']}.{name}.part", "w") as file:
+                file.write(str(value))
+            os.rename(f"{job['output']}.{name}.part", f"{job['output']}.{name}")
+        os._exit(0)
+    os.chdir(job["cwd"])
+    os.environ.update(job["env"])
+    output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1), os.dup2(output, 2)
+    sys.argv, code = job["argv"], 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+"""
+
+
+class Script:
+    """A script as a process of its own: Script("p3o_v2", "--beta", 0.1, cwd=folder).wait() -> (exit code, output)."""
+
+    nursery = None
+
+    def __init__(self, script, *args, cwd, **env):
+        if Script.nursery is None:
+            # Threads that wait do not spin: on a busy machine twice as fast.
+            quiet = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+            Script.nursery = subprocess.Popen(
+                [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, text=True, env=quiet
+            )
+            Script.folder = tempfile.TemporaryDirectory()
+            atexit.register(Script.nursery.kill)
+        path = script if str(script).endswith(".py") else ROOT / f"{script}.py"
+        self.output = Path(Script.folder.name) / str(time.monotonic_ns())
+        job = {"argv": [str(path), *map(str, args)], "cwd": str(cwd), "env": env, "output": str(self.output)}
+        Script.nursery.stdin.write(json.dumps(job) + "\n")
+        Script.nursery.stdin.flush()
+
+    def _read(self, name, seconds):
+        file, end = Path(f"{self.output}.{name}"), time.monotonic() + seconds
+        while not file.exists():
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.01)
+        return int(file.read_text())
+
+    @property
+    def pid(self):
+        return self._read("pid", 60)
+
+    def said(self):
+        return self.output.read_text() if self.output.exists() else ""
+
+    def wait(self, seconds=300):
+        return self._read("code", seconds), self.said()
+
+
+def run(script, *args, cwd, code=0, **env):
+    """Run a script to its end and return what it printed; it must end with this exit code and without a traceback."""
+    found, output = Script(script, *args, cwd=cwd, **env).wait()
+    assert found == code, output
+    assert "Traceback" not in output
+    return output
+
+
+def sampled(model, prompts, noise, temperature, end_ids):
+    """sample_responses with noise [B, K, T]: its responses, and their log-probabilities as one tensor padded with 0."""
+    from p3o_v2 import sample_responses
+
+    responses, logprobs = zip(*sample_responses(model, prompts, noise.flatten(0, 1), temperature, end_ids))
+    return list(responses), torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True)
+
 
 V = 100  # vocabulary
 COMMON = {"vocab_size": V, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "num_labels": 1}

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import WINDOW, V, build
+from conftest import WINDOW, V, build, sampled
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +21,6 @@ from p3o_v2 import (
     response_kl,
     response_logprobs,
     response_scores,
-    sample_responses,
     text_reward,
 )
 from reward_model import bradley_terry_loss
@@ -227,7 +226,7 @@ def test_the_logits_of_all_tokens_are_never_in_memory(shape):
 # ------------------------------------------------------------------------------------------------------------- sampling
 def two_end_ids(policy, prompts, noise):
     """Two tokens that the policy samples often, as end ids, and what it samples where nothing ends a response."""
-    endless, _ = sample_responses(policy, prompts, noise, 1.0, NEVER)
+    endless, _ = sampled(policy, prompts, noise, 1.0, NEVER)
     counts = torch.bincount(torch.cat(endless), minlength=V)
     return counts.topk(4).indices[2:].tolist(), endless
 
@@ -238,7 +237,7 @@ def test_recorded_logprobs_are_those_of_the_responses(policy, K, temperature):
     """Also once trained upon: the first ratios are 1."""
     prompts, noise = some_ids(PROMPT_LENGTHS), some_noise(len(PROMPT_LENGTHS), K, 16)
     end_ids, _ = two_end_ids(policy, prompts, noise)
-    responses, recorded = sample_responses(policy, prompts, noise, temperature, end_ids)
+    responses, recorded = sampled(policy, prompts, noise, temperature, end_ids)
     assert len({len(y) for y in responses}) > 2
     lengths = torch.tensor([len(y) for y in responses])
     assert recorded.dtype == torch.float32 and recorded.shape == (len(prompts) * K, lengths.max())
@@ -253,7 +252,7 @@ def test_recorded_logprobs_are_those_of_the_responses(policy, K, temperature):
 def test_recorded_logprobs_of_long_responses_too(policy):
     """The cache has grown more than once."""
     prompts, noise = some_ids(PROMPT_LENGTHS), some_noise(len(PROMPT_LENGTHS), 2, 55)
-    responses, recorded = sample_responses(policy, prompts, noise, 1.0, NEVER)
+    responses, recorded = sampled(policy, prompts, noise, 1.0, NEVER)
     with torch.no_grad():
         found = response_logprobs(policy, prompts, responses, 1.0)
     torch.testing.assert_close(found, recorded, rtol=1e-5, atol=1e-4)
@@ -262,7 +261,7 @@ def test_recorded_logprobs_of_long_responses_too(policy):
 def test_tokens_are_those_of_a_plain_sampler(policy):
     """One row at a time, without a cache: the first token whose cumulative probability exceeds its own noise."""
     prompts, noise = some_ids(PROMPT_LENGTHS), some_noise(len(PROMPT_LENGTHS), 2, 6)
-    found, _ = sample_responses(policy, prompts, noise, 1.3, NEVER)
+    found, _ = sampled(policy, prompts, noise, 1.3, NEVER)
     for row, y in enumerate(found):
         ids = prompts[row // 2]
         for u in noise[row // 2, row % 2]:
@@ -277,7 +276,7 @@ def test_responses_end_with_their_first_end_id(policy):
     prompts, noise = some_ids(PROMPT_LENGTHS), some_noise(len(PROMPT_LENGTHS), 3, 16)
     end_ids, endless = two_end_ids(policy, prompts, noise)
     assert all(len(y) == 16 for y in endless)
-    responses, _ = sample_responses(policy, prompts, noise, 1.0, end_ids)
+    responses, _ = sampled(policy, prompts, noise, 1.0, end_ids)
     cut = 0
     for y, whole in zip(responses, endless):
         ends = [t for t, token in enumerate(whole.tolist()) if token in end_ids]
@@ -290,19 +289,19 @@ def test_responses_end_with_their_first_end_id(policy):
 def test_a_response_does_not_depend_on_the_other_rows(policy):
     prompts, noise = some_ids(PROMPT_LENGTHS), some_noise(len(PROMPT_LENGTHS), 2, 12)
     end_ids, _ = two_end_ids(policy, prompts, noise)
-    responses, recorded = sample_responses(policy, prompts, noise, 1.0, end_ids)
+    responses, recorded = sampled(policy, prompts, noise, 1.0, end_ids)
     for i, prompt in enumerate(prompts):
         for k in range(2):
-            (alone,), logprobs = sample_responses(policy, [prompt], noise[i : i + 1, k : k + 1], 1.0, end_ids)
+            (alone,), logprobs = sampled(policy, [prompt], noise[i : i + 1, k : k + 1], 1.0, end_ids)
             assert torch.equal(alone, responses[2 * i + k])
             torch.testing.assert_close(logprobs[0], recorded[2 * i + k, : len(alone)], rtol=1e-5, atol=5e-5)
 
 
 def test_the_noise_of_a_row_decides_its_response_alone(policy):
     prompts, noise = some_ids(PROMPT_LENGTHS), some_noise(len(PROMPT_LENGTHS), 2, 8)
-    before, _ = sample_responses(policy, prompts, noise, 1.0, NEVER)
+    before, _ = sampled(policy, prompts, noise, 1.0, NEVER)
     noise[3, 1] = some_noise(8, seed=1)
-    after, _ = sample_responses(policy, prompts, noise, 1.0, NEVER)
+    after, _ = sampled(policy, prompts, noise, 1.0, NEVER)
     assert [i for i, (a, b) in enumerate(zip(before, after)) if not torch.equal(a, b)] == [3 * 2 + 1]
 
 
@@ -317,7 +316,7 @@ def assert_fits(counts, expected):
 def test_nothing_is_cut_off_the_distribution(policy):
     """50,000 first tokens at temperature 5: every token of the vocabulary, by chi-square as often as softmax says."""
     draws, prompt = 50_000, some_ids([2])[0]
-    responses, _ = sample_responses(policy, [prompt], some_noise(1, draws, 1), 5.0, NEVER)
+    responses, _ = sampled(policy, [prompt], some_noise(1, draws, 1), 5.0, NEVER)
     counts = torch.bincount(torch.cat(responses), minlength=V)
     expected = draws * (policy(prompt[None]).logits[0, -1].double() / 5).softmax(0)
     assert expected.min() > 10 and (counts > 0).all()
@@ -344,7 +343,7 @@ def test_a_million_draws_are_as_softmax_says():
     model, counts = policy_with_first_token("llama", probabilities), 0
     for _ in range(draws // 1000):
         noise = torch.rand(1, 1000, 1, dtype=torch.float64, generator=generator)
-        responses, _ = sample_responses(model, some_ids([1]), noise, 1.0, [])
+        responses, _ = sampled(model, some_ids([1]), noise, 1.0, [])
         counts = counts + torch.bincount(torch.cat(responses), minlength=2040)
     expected = draws * probabilities
     rare = torch.stack([draws - counts[frequent].sum(), draws - expected[frequent].sum()])
@@ -364,7 +363,7 @@ def test_a_rare_token_has_its_share_of_the_noise(shape, rare):
     steps = torch.arange(-5000, 5000, dtype=torch.float64) * 1e-10
     noise = 0.5 + steps if rare == 1 else 1 - (steps - steps[0]) - 1e-11
     model = policy_with_first_token(shape, probabilities)
-    responses, logprobs = sample_responses(model, some_ids([3]), noise.sort().values.view(1, -1, 1), 1.0, NEVER)
+    responses, logprobs = sampled(model, some_ids([3]), noise.sort().values.view(1, -1, 1), 1.0, NEVER)
     tokens = torch.cat(responses)
     assert (tokens.diff() >= 0).all() and set(tokens.tolist()) == ({0, 1, 2} if rare == 1 else {1, 2})
     assert (tokens == rare).sum().item() == pytest.approx(100, abs=2)
@@ -375,7 +374,7 @@ def test_a_token_of_probability_0_is_never_sampled(shape):
     """Not even by the least and the greatest random numbers."""
     model = policy_with_first_token(shape, [0.0, 0.3, 0.0, 0.7])
     noise = torch.tensor([0.0, 2.0**-53, 0.5, 1 - 2.0**-53], dtype=torch.float64)
-    responses, logprobs = sample_responses(model, some_ids([3]), noise.view(1, -1, 1), 1.0, NEVER)
+    responses, logprobs = sampled(model, some_ids([3]), noise.view(1, -1, 1), 1.0, NEVER)
     assert torch.cat(responses).tolist() == [1, 1, 3, 3]
     assert logprobs.isfinite().all()
 
@@ -532,5 +531,5 @@ def test_prompts_of_any_length_are_kept_and_dialogues_end_at_the_last_turn(tmp_p
     for column, expected in (("prompt", [*kept, "Hello world"]), ("chosen", turns)):
         file = tmp_path / f"{column}.jsonl"
         file.write_text("".join(json.dumps({column: x}) + "\n" for x in rows[column]))
-        train, held_out = load_prompts(tokenizer, str(file), 512)
+        train, held_out = load_prompts(tokenizer, str(file), 512, False)
         assert sorted(tokenizer.batch_decode([*train, *held_out])) == sorted(expected)

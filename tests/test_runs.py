@@ -2,33 +2,19 @@
 
 import gzip
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("time/", "samples_per_second", "tokens_per_second")
 SMALL = "--num-updates 3 --prompts-per-update 8 --num-epochs 2 --minibatch-size 4 --max-response-tokens 48".split()
 SMALL += "--eval-every 2 --eval-prompts 16".split()
-
-
-def run(script, *args, cwd, code=0):
-    """Run a script and return what it printed; stderr comes after stdout."""
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)]
-    quiet = {
-        **os.environ,
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }  # threads that wait do not spin: on a busy machine twice as fast
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=quiet)
-    output = done.stdout + done.stderr
-    assert done.returncode == code, output
-    assert "Traceback" not in output
-    return output
 
 
 def lines(file):
@@ -154,7 +140,7 @@ def test_three_stages_find_each_other_on_a_file_of_dialogues(tmp_path):
         (["--model", "no/such-folder"], "--model no/such-folder: no model is there"),
         (["--dataset", "nothing.jsonl"], "--dataset nothing.jsonl: no dataset is there"),
         (["--reward-fn", "nothing.py:f"], "expected FILE.py:function"),
-        (["--dataset", "other.jsonl"], "expected strings in prompt or chosen; found {'question'"),
+        (["--dataset", "other.jsonl"], "expected text in prompt or chosen; found the columns question"),
         (["--max-prompt-tokens", 1], "no train prompts are left"),
         (["--output-dir", "."], "holds files already"),
         (["--num-responses", 1], "--num-responses 1: P3O compares"),
@@ -170,8 +156,8 @@ def test_mistakes_are_told_in_one_sentence(options, sentence, tmp_path, monkeypa
 
 def test_a_run_is_not_overwritten_unasked(p3o_run):
     before = (p3o_run / "metrics.jsonl").read_bytes()
-    said = run("p3o_v2", *SMALL, "--output-dir", p3o_run, cwd=p3o_run, code=2)
-    assert "holds files already" in said
+    said = run("p3o_v2", *SMALL, "--beta", 1, "--output-dir", p3o_run, cwd=p3o_run, code=2)
+    assert "holds a run with beta 0.05 (now 1.0)" in said
     assert (p3o_run / "metrics.jsonl").read_bytes() == before
 
 

@@ -103,13 +103,12 @@ def check(seed):
     test = [json.loads(line) for line in open(HERE / "data" / "test.jsonl")]
     prompts = random.Random(seed).choices(list(dict.fromkeys(row["prompt"] for row in test)), k=10_000)
     ids = [torch.tensor(tokenizer(prompt).input_ids) for prompt in prompts]
-    noise = torch.rand(len(ids), 1, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    noise = torch.rand(len(ids), 128, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     texts = []
     for i in range(0, len(ids), 1000):
-        responses, _ = p3o_v2.sample_responses(
-            policy, ids[i : i + 1000], noise[i : i + 1000], 1.0, [tokenizer.eos_token_id]
-        )
-        texts += tokenizer.batch_decode(responses, skip_special_tokens=True)
+        part = ids[i : i + 1000], noise[i : i + 1000]
+        samples = p3o_v2.sample_responses(policy, *part, 1.0, [tokenizer.eos_token_id])
+        texts += tokenizer.batch_decode([y for y, _ in samples], skip_special_tokens=True)
     rng = random.Random(seed)
     print("SFT policy, 10,000 samples: ", choices(texts, prompts))
     print("its first 1,000 samples:    ", choices(texts[:1000], prompts[:1000]))
