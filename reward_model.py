@@ -45,7 +45,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-TINY = Path(__file__).parent / "tiny"
+NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
 FREE = {"args", "resume", "overwrite", "debug", "num_updates", "eval_every", "save_every"}  # may differ in a resume
 
 
@@ -362,12 +362,13 @@ class Trained(torch.nn.Module):
     """What is trained, a module whose forward is function(model, …): DDP, FSDP and DeepSpeed bring gradients together
     where the forward of the module they wrap is called; one of the model inside would skip that without a word."""
 
-    def __init__(self, model, function):
+    def __init__(self, model, function, *others):
         super().__init__()
-        self.model, self.function, self._no_split_modules = model, function, model._no_split_modules
+        self.model, self.others, self.function = model, torch.nn.ModuleList(others), function
+        self._no_split_modules = model._no_split_modules
 
-    def forward(self, *inputs):
-        return self.function(self.model, *inputs)
+    def forward(self, *inputs, model=None):
+        return self.function(model or self.model, *self.others, *inputs)
 
 
 @contextmanager
@@ -476,12 +477,12 @@ def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs
         expected = inner(*inputs)
         if accelerator.is_main_process:
             try:
-                weights = {name.removeprefix("model."): weight.float() for name, weight in weights.items()}
+                weights = {name[6:]: weight.float() for name, weight in weights.items() if name[:6] == "model."}
                 inner.model.save_pretrained(part, state_dict=weights)
                 tokenizer.save_pretrained(part)
             except Exception as error:
                 raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
-            found = inner.function(load_model(auto_class, part, "--output-dir", inner.model.device, args), *inputs)
+            found = inner(*inputs, model=load_model(auto_class, part, "--output-dir", inner.model.device, args))
             if not (found - expected).abs().max() <= 1e-5 * expected.abs().max():
                 raise RunError(f"{part}, loaded again, computes other numbers: {found} instead of {expected}.")
             part.rename(folder / "model")
@@ -534,9 +535,9 @@ def main(args):
     scheduler = transformers.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, num_updates)
     trained, optimizer = accelerator.prepare(Trained(reward_model, response_scores), optimizer)
     base = "tiny" if args.model == "tiny" else short_name(policy_path)
-    folder = Path(args.output_dir or f"runs/reward_model/{short_name(args.dataset)}/{base}")
+    folder = Path(args.output_dir or f"runs/{NAME}/{short_name(args.dataset)}/{base}")
     print(f"run folder    {folder} (--output-dir changes it)")
-    run = open_run(accelerator, folder, args, script="reward_model", base_name=base, policy=policy_path)
+    run = open_run(accelerator, folder, args, script=NAME, base_name=base, policy=policy_path)
     if run is None:
         return json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
     writer = SummaryWriter(folder) if accelerator.is_main_process else None
@@ -554,7 +555,7 @@ def main(args):
     processes, rank, caught = accelerator.num_processes, accelerator.process_index, []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(number))
-    progress = tqdm(total=num_updates, initial=start, desc="reward_model", unit="update", disable=writer is None)
+    progress = tqdm(total=num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
     for update in range(start, num_updates + 1):
         # 0. Every so often save what a resume needs, and evaluate on held-out pairs.
         stop = gather_object(caught)
@@ -633,5 +634,5 @@ if __name__ == "__main__":
         hints = ["What was saved is kept: when this is mended, the same command with --resume goes on."][: code % 2]
         if isinstance(error, torch.OutOfMemoryError):
             hints += ["Less memory: --micro-batch-size, --gradient-checkpointing, --dtype bfloat16, --unfrozen-layers"]
-        print(f"{Path(__file__).name}: {error or 'interrupted'}", *hints, sep="\n", file=sys.stderr)
+        print(f"{NAME}.py: {error or 'interrupted'}", *hints, sep="\n", file=sys.stderr)
         sys.exit(code)
