@@ -403,9 +403,10 @@ def response_hidden(model, prompts, responses):
     return hidden[torch.arange(len(rows))[:, None, None], columns.clamp(max=len(column) - 1)].flatten(0, 1)
 
 
-def response_logprobs(model, prompts, responses, temperature):
-    """log π(y_t | x, y_<t) of every response token: [N, T] float32, 0 on padding."""
-    hidden, head = response_hidden(model, prompts, responses), model.get_output_embeddings()
+def response_logprobs(model, prompts, responses, temperature, hidden=None):
+    """log π(y_t | x, y_<t) of every response token: [N, T] float32, 0 on padding; `hidden`: of response_hidden."""
+    hidden = response_hidden(model, prompts, responses) if hidden is None else hidden
+    head = model.get_output_embeddings()
     hidden = torch.cat([states[: len(y)] for states, y in zip(hidden, responses)]).float()  # [n, D], of response tokens
     tokens, nll = torch.cat(responses).to(hidden.device), partial(F.cross_entropy, reduction="none")
     logits = head if temperature == 1 else lambda h: head(h) / temperature

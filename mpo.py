@@ -1,0 +1,874 @@
+"""MPO: Maximum Preference Optimization with importance sampling (Jiang et al. 2023, arXiv 2312.16430).
+
+Learn from labelled pairs as a bandit's policy would: which of the two responses to take is an action, its probability a
+softmax of the two log-probabilities, and a label is a reward for it. What keeps π_θ at the reference is learned from
+data too, responses that the reference gave before training: no reference model is in memory while training.
+
+Objective    max_θ  E[ I_a p_a ] − β KL( p ‖ p_ref ) + τ E_D_ref[ log π_θ(y) ]     their eqs. 32 and 33
+
+Loss, over pairs (y_w, y_l) and both actions a, 1: y_w is better, 0: y_l is better
+    z     = log π_θ(y_w) − log π_θ(y_l)          p_1 = σ(z),  p_0 = σ(−z);     p_ref from π_ref the same way
+    L     = mean  [ −I_a p_a + β p_a log(p_a / p_ref,a) ]  −  τ · mean over D_ref of log π_θ(y)        I_1 = 1, I_0 = 0
+
+D_ref: --ref-samples-per-prompt responses of π_ref to every training prompt, made once and kept in runs/cache, as is
+log π_ref of the pairs. Sums over a response differ by tens of nats, so that σ saturates (policy/saturated_frac);
+--average-logprobs takes means over tokens instead.
+
+Shapes: n pairs, N = 2n responses, T response tokens, V vocabulary, D hidden size. Prompts and responses are lists of
+1-D id tensors, nothing padded; `logprobs` are per token, `logps` their sums over a response.
+
+    python mpo.py                                                     the embedded world
+    python mpo.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; starts from what sft.py saved
+    python mpo.py --model FOLDER --dataset FILE.jsonl                 your own: columns prompt, chosen, rejected
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub import HfApi, constants
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
+FREE = {"args", "resume", "overwrite", "debug", "num_updates", "eval_every", "save_every"}  # may differ in a resume
+
+
+def preference_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, ref_sample_logps, beta, tau):
+    """MPO loss (paper: equations 32, 33), mean over pairs and both actions, and over the reference's samples.
+    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: [n], nats; ref_sample_logps: any number of
+    log π_θ(y), y ~ π_ref; beta: β; tau: τ. Returns (loss, dict of detached scalars)."""
+    z, ref_z = chosen_logps - rejected_logps, ref_chosen_logps - ref_rejected_logps
+    logp, ref_logp = (torch.stack([F.logsigmoid(a), F.logsigmoid(-a)]) for a in (z, ref_z))  # of both actions, [2, n]
+    p = logp.exp()
+    preference, kl = p[0], (p * (logp - ref_logp)).sum(0)  # Σ_a I_a p_a and KL(p ‖ p_ref), [n]
+    loss = ((beta * kl - preference) / 2).mean() - tau * ref_sample_logps.mean()
+    pair_weight = (p[0] * p[1] * (1 - beta * (z - ref_z)) / 2).detach()  # what the gradient of z is multiplied with
+    chosen, rejected = (chosen_logps - ref_chosen_logps).detach(), (rejected_logps - ref_rejected_logps).detach()
+    metrics = {"policy/loss": loss.detach(), "policy/pair_weight_mean": pair_weight.mean()}
+    metrics |= {"policy/preference": preference.detach().mean(), "policy/preference_kl": kl.detach().mean()}
+    metrics |= {"policy/saturated_frac": (p.detach().max(0).values > 0.999).double().mean()}
+    metrics |= {"rewards/chosen": chosen.mean(), "rewards/rejected": rejected.mean()}
+    margins = chosen - rejected
+    metrics |= {"rewards/margins": margins.mean(), "rewards/accuracies": (margins.sign() / 2 + 0.5).mean()}
+    metrics |= {"logps/chosen": chosen_logps.detach().mean(), "logps/rejected": rejected_logps.detach().mean()}
+    return loss, metrics | {"logps/ref_samples": ref_sample_logps.detach().mean()}
+
+
+@dataclass
+class Args:
+    # Run
+    seed: int = 1  # of the sampling noise, the order of the data and any new weights
+    output_dir: str = ""  # the run's folder (default: runs/SCRIPT/DATASET/MODEL)
+    overwrite: bool = False  # replace the run that the folder holds
+    resume: bool = False  # go on from the folder's last checkpoint, or from the beginning where there is none
+    save_every: int = 200  # updates between checkpoints (0: only at the end, and when stopped by Ctrl-C or SIGTERM)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    debug: bool = False  # show the traceback of a mistake too
+    # Model, rewards, data
+    model: str = "tiny"  # tiny (embedded), a short name (pythia-14m … pythia-12b), a hub id, or a folder
+    reward_model: str = ""  # folder or hub id, fed this model's token ids (default: what reward_model.py saved for it)
+    reward_fn: str = ""  # FILE.py:f, in place of a model: f(prompts: list[str], responses: list[str]) -> list[float]
+    gold_fn: str = ""  # FILE.py:f, the true reward of the same form where one is known; only ever evaluated
+    trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
+    dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
+    max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
+    truncate_prompts: bool = False  # cut longer prompts on the left instead
+    max_response_tokens: int = 128  # length limit of a response
+    # Sizes
+    data_epochs: int = 1  # passes over the training data
+    num_updates: int = 0  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
+    minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
+    micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products alone (float16 overflows: not offered)
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
+    unfrozen_layers: int = 0  # train only the last layers, and the head if it has its own weights (0: everything)
+    # Optimiser
+    learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # how the learning rate falls over the run
+    warmup_updates: int = 0  # updates in which the learning rate rises from 0
+    weight_decay: float = 1e-6  # AdamW's, decoupled
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # decay rates of AdamW's two moments
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
+    # Evaluation on held-out prompts; there is always one before training and one after
+    eval_every: int = 100  # updates between evaluations (0: only these two)
+    eval_prompts: int = 256  # held-out prompts used, the first ones
+    # Algorithm
+    temperature: float = 1.0  # of the distribution sampled from, in every log-probability and KL too
+    beta: float = 0.1  # coefficient of the KL penalty
+    tau: float = 0.01  # τ, the weight of what keeps the policy at the reference
+    ref_samples_per_prompt: int = 1  # responses of the reference to a training prompt
+    average_logprobs: bool = False  # log-probabilities of a response are means over its tokens, not sums
+
+
+class UserError(Exception):
+    """A mistake in what the user gave, told in one sentence without a traceback; exit code 2, nothing was changed."""
+
+
+class RunError(Exception):
+    """What ends a run that had begun, told in one sentence; exit code 1, the last checkpoint is kept."""
+
+
+# ------------------------------------------------------------------------------------------------ set up, find and load
+def set_up(args):
+    """The accelerator: one device, or one a process. Raises UserError for a number out of range, before all else."""
+    at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs data_epochs ratio_bound"
+    lowest = dict.fromkeys(f"{at_least_1} max_prompt_tokens max_response_tokens".split(), 1)
+    lowest |= {"eval_prompts": 2, "temperature": 0.001}
+    for name, value in vars(args).items():
+        flag, low, high = f"--{name.replace('_', '-')} {value}", lowest.get(name, 0), 1 if "betas" in name else math.inf
+        if not all(low <= x < high for x in (value if name == "adam_betas" else [value]) if not isinstance(x, str)):
+            raise UserError(f"{flag}: expected at least {low}" + (f", below {high}." if high == 1 else "."))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
+    options = {"mixed_precision": "no", "kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False)]}
+    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), **options)
+    size, prompts = args.minibatch_size, getattr(args, "prompts_per_update", args.minibatch_size)
+    if prompts % size or size % accelerator.num_processes:
+        given = f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}, and that"
+        raise UserError(f"{given} of the number of processes, {accelerator.num_processes}.")
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != "FSDP":
+        print("note: accelerate shards a model (FSDP) on GPUs alone; here every process holds all of it (DDP)")
+    return accelerator
+
+
+def short_name(path):
+    """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
+    record = Path(path).parent / "args.json"
+    saved = json.loads(record.read_text()) if record.is_file() else {}
+    name = re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+    return Path(saved.get("base_name") or name).name
+
+
+def find_stage(stage, model, dataset):
+    """The model that an earlier stage (sft, reward_model) saved for this base model and dataset: a folder, or None."""
+    if model == "tiny":
+        return f"{TINY}/{stage}"
+    run = Path("runs") / stage / short_name(dataset) / short_name(model)
+    saved = json.loads((run / "args.json").read_text()) if (run / "model").is_dir() else {"base_name": None}
+    same = saved["base_name"] == short_name(model) and saved["args"]["dataset"] == dataset
+    return f"{run}/model" if same and (stage != "sft" or saved["args"]["model"] == model) else None
+
+
+def fetch(kind, name, flag, load):
+    """load(), a hub id only after one request of at most 10 s has found it. Raises UserError with the reason."""
+    try:
+        if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
+            HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
+        return load()
+    except Exception as error:
+        error = error.__cause__ or error  # of what the datasets library wraps
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        where = "can be read from there" if Path(name).exists() else "is there, on this machine or on huggingface.co"
+        raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
+
+
+def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
+    """A model in evaluation mode, so without dropout, from a folder or the hub; see set_up_model. Raises UserError."""
+    options |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": args.trust_remote_code}
+    model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
+    if info["missing_keys"] and not new_head:
+        raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
+    head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 2]])
+    with torch.no_grad():
+        if head and not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), atol=1e-4):
+            raise UserError(f"{flag} {name}: it scales or caps its logits, which is not supported; use another model.")
+    return set_up_model(model.to(device), args, train)
+
+
+def set_up_model(model, args, train):
+    """Freeze the whole model or, if `train`, all but its last --unfrozen-layers and head (0: freeze nothing). Its trunk
+    multiplies in --dtype; weights stay float32, but frozen Linear ones are rounded to it. Raises UserError."""
+    trunk, unfrozen = model.base_model, args.unfrozen_layers if train else 0
+    layers = next(part for part in trunk.modules() if isinstance(part, torch.nn.ModuleList))
+    if not 0 <= unfrozen <= len(layers):
+        raise UserError(f"--unfrozen-layers {unfrozen}: the model has {len(layers)}; pass 0 to train everything.")
+    model.requires_grad_(train)
+    if unfrozen:
+        trunk.requires_grad_(False)
+        layers[-unfrozen:].requires_grad_(True)
+    for layer in layers if train and args.gradient_checkpointing else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if args.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # for the head: float32 in and out, TF32 products
+        trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
+        for part in trunk.modules():
+            if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
+                part.to(torch.bfloat16)
+    return model
+
+
+def load_tokenizer(name, model, args):
+    """The tokenizer of a policy, and the ids that end its responses. Raises UserError."""
+    options = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = fetch("tokenizer", name, "--model", lambda: AutoTokenizer.from_pretrained(name, **options))
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
+    generation = getattr(model, "generation_config", None) or model.config
+    ends = (tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id)
+    return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
+
+
+def read_dataset(name, flag):
+    """The splits of a file, folder or hub dataset as lists of rows (dicts), training data first, held-out data next.
+    JSON lines are parsed here: the library would turn text that looks like a date into one. Raises UserError."""
+    path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}.get(name, name)
+    where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
+
+    def load():
+        builder = datasets.load_dataset_builder(where, data_files=files)
+        is_json = type(builder).__name__ == "Json"
+        source, data_files = ("text", builder.config.data_files) if is_json else (where, files)
+        return datasets.load_dataset(source, data_files=data_files), is_json
+
+    splits, is_json = fetch("dataset", path, flag, load)
+    parts = {key: list(part) for key, part in splits.items()}
+    for key, part in parts.items() if is_json else ():
+        parts[key] = rows = []
+        for number, line in enumerate(part, 1):
+            try:
+                rows += [{**json.loads(line["text"])}] if line["text"].strip() else []
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{flag} {name}: line {number} of {key} is no JSON object ({error}).") from error
+    return [parts[key] for key in ("train", "test", "validation") if key in parts] or list(parts.values())
+
+
+def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_tokens, truncate):
+    """(train, held-out) rows of 1-D id tensors, {"prompt", *columns}, responses with one EOS; prints what is left out.
+
+    Data of pairs give demonstrations by their chosen responses. Without a column `prompt`, chosen and rejected are
+    dialogues that share all up to the last "\n\nAssistant:", as in HH. Without held-out data a tenth of the prompts (at
+    most 1,000) is held out. Prompt and response are tokenised apart, as sampling sees them. Raises UserError."""
+    parts, keys, counts = read_dataset(dataset, "--dataset")[:2], ("prompt", *columns), (Counter(), Counter())
+    forms = [{*keys}, {"chosen", "rejected"}] + [{"prompt", "chosen"}] * ("rejected" not in columns)
+    for i, part in enumerate(parts):
+        found, rows = {*part[0]} if part else set(), []
+        if not any(form <= found for form in forms):
+            wanted = " or ".join(", ".join(sorted(form)) for form in forms)
+            raise UserError(f"--dataset {dataset}: expected columns {wanted}; found {sorted(found)}.")
+        for number, row in enumerate(part, 1):
+            for key in {*keys, "chosen", "rejected"} & found:
+                if not isinstance(text := row.get(key), str):
+                    raise UserError(f"--dataset {dataset}: row {number}: expected text in {key}; found {text!r:.60}.")
+            if "prompt" not in found:
+                at = row["chosen"].rfind("\n\nAssistant:") + 12
+                if at == 11 or row["chosen"][:at] != row["rejected"][:at]:
+                    counts[i]["dropped: chosen and rejected have no prompt in common"] += 1
+                    continue
+                row = {"prompt": row["chosen"][:at], "chosen": row["chosen"][at:], "rejected": row["rejected"][at:]}
+            row = {key: row.get(key, row.get("chosen")) for key in keys}
+            if not all(map(str.strip, row.values())):
+                counts[i]["dropped: empty prompt or response"] += 1
+            elif len({row[key] for key in columns}) < len(columns):
+                counts[i]["dropped: chosen and rejected are equal"] += 1
+            else:
+                rows.append(row)
+        parts[i] = rows
+    if len(parts) == 1:
+        prompts = list(dict.fromkeys(row["prompt"] for row in parts[0]))
+        shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
+        held = {prompts[i] for i in shuffled[: min(max(len(prompts) // 10, 1), 1000)]}
+        parts = [[row for row in parts[0] if (row["prompt"] in held) == out] for out in (False, True)]
+    for i, name in enumerate(("train", "held-out")):
+        texts, rows = [[row[key] for row in parts[i]] for key in keys], []
+        ids = [tokenizer(t, add_special_tokens=key == "prompt").input_ids for key, t in zip(keys, texts) if t]
+        for prompt, *responses in zip(*ids):
+            done = f"{'cut' if truncate else 'dropped'}: prompt of more than {max_prompt_tokens} tokens"
+            counts[i][done] += len(prompt) > max_prompt_tokens
+            if truncate or len(prompt) <= max_prompt_tokens:
+                responses = [y if y[-1] == tokenizer.eos_token_id else [*y, tokenizer.eos_token_id] for y in responses]
+                cut = sum(len(y) > max_response_tokens for y in responses)
+                counts[i][f"cut: response of more than {max_response_tokens} tokens"] += cut
+                row = [prompt[-max_prompt_tokens:], *(y[:max_response_tokens] for y in responses)]
+                rows.append({key: torch.tensor(values) for key, values in zip(keys, row)})
+        print(f"{'':14}{len(rows):,} {name} rows" + "".join(f"; {n:,} {what}" for what, n in counts[i].items() if n))
+        if not rows:
+            raise UserError(f"--dataset {dataset}: no {name} rows are left; see the counts above.")
+        parts[i] = rows
+    return parts
+
+
+def text_reward(spec, flag, tokenizer):
+    """The function of (prompts, responses) -> [N] float32 that "FILE.py:f" computes from their texts, which are decoded
+    without special tokens, responses with their leading space. Raises UserError."""
+    path, _, name = spec.rpartition(":")
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    function = runpy.run_path(path).get(name) if Path(path).is_file() else None
+    if not callable(function):
+        raise UserError(f"{flag} {spec}: expected FILE.py:function; there is no such file or no such function in it.")
+
+    def checked(texts, answers):
+        values = torch.tensor(list(function(texts, answers)), dtype=torch.float32)  # of text: an exception
+        if values.shape != (len(answers),) or not values.isfinite().all():
+            raise ValueError(f"expected {len(answers)} finite numbers, found {values.tolist()!s:.60}")
+        return values
+
+    def score(prompts, responses):
+        prompts = [x for x in prompts for _ in range(len(responses) // len(prompts))]
+        texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        whole = tokenizer.batch_decode([torch.cat(row) for row in zip(prompts, responses)], skip_special_tokens=True)
+        rows, rewards = [(x, y[len(x) :]) for x, y in zip(texts, whole)], [None]
+        try:  # by one process: if it draws random numbers, all still see the same rewards
+            rewards = [checked(*map(list, zip(*rows)))] if PartialState().is_main_process else rewards
+        except Exception as error:
+            for x, y in rows:
+                try:
+                    checked([x], [y])
+                except Exception as cause:
+                    raise RunError(f"{flag} {spec}: {cause!r}, for the prompt {x!r} and response {y!r}.") from cause
+            raise RunError(f"{flag} {spec}: {error!r}.") from error
+        return broadcast_object_list(rewards)[0]
+
+    return score
+
+
+def stored(accelerator, make, **inputs):
+    """make(), a dict of tensors, from runs/cache/HASH if it was made of the same inputs before; else it is put there.
+    inputs: what it depends on, models and lists of tensors as their fingerprints. Prints where it is, what is new."""
+    folder = Path("runs/cache") / hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    file, part = folder / "store.pt", folder / "store.part"
+    if not file.is_file():
+        records = sorted(folder.parent.glob("*/inputs.json"), key=lambda path: path.stat().st_mtime)
+        last = json.loads(records[-1].read_text()) if records else {}
+        new = [key for key in inputs if last.get(key) != inputs[key]] if last else ["everything"]
+        print(f"store         {folder}: being made, new since the last one: {', '.join(new)}")
+        values = make()
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "inputs.json").write_text(json.dumps(inputs, indent=1))
+            torch.save(values, part)
+            part.rename(file)
+        accelerator.wait_for_everyone()
+    else:
+        print(f"store         {folder}: made before")
+    return torch.load(file)
+
+
+def fingerprint(tensors):
+    """A short text that changes with any bit of these tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        digest.update(str(tensor.shape).encode() + data.tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------- sample, log-probabilities, score
+class InplaceLayer(DynamicLayer):
+    """Keys and values of a layer in buffers with room for more; the library's layer copies them all at every token."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:  # the prompts: [B, heads, tokens, head size]; autocast leaves rotary keys float32
+            self.buffers = super().update(keys.to(values.dtype), values)
+            return self.buffers
+        start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        if len(self.keys) != len(self.buffers[0]) or end > self.buffers[0].shape[2]:  # other rows, or full
+            self.buffers = [F.pad(states, (0, 0, 0, 32)) for states in (self.keys, self.values)]
+        for buffer, states in zip(self.buffers, (keys, values)):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # only a scope: the trunk's autocasts inside it share the weights they round
+def sample_responses(model, prompts, noise, temperature, end_ids):
+    """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
+    `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
+    response depends on its own row alone. Returns N pairs on the CPU: the tokens of a response, up to and including an
+    id of `end_ids`, and their log-probabilities, float32."""
+    noise, end_ids, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
+    (N, T), K, noise = noise.shape, len(noise) // len(prompts), noise.to(device)
+    input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
+    mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
+    cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
+    cache.layers = [InplaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "past_key_values": cache}
+    hidden = model.base_model(input_ids, **inputs).last_hidden_state
+    hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
+    cache.batch_repeat_interleave(K)
+    tokens, logprobs = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device)
+    rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # kept
+    for t in range(T):
+        probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
+        # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
+        cdf = probs.double().cumsum(-1)
+        token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+        tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
+        going &= ~torch.isin(token.squeeze(1), end_ids)
+        if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
+            cache.batch_select_indices(going.nonzero().squeeze(1))
+            rows, token, mask, going = (v[going] for v in (rows, token, mask, going))
+        if t == T - 1 or len(rows) == 0:
+            break
+        mask = F.pad(mask, (0, 1), value=1)
+        inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
+        hidden = model.base_model(token, **inputs).last_hidden_state
+    over = F.pad(torch.isin(tokens, end_ids).cumsum(1), (1, 0))[:, :T] > 0  # [N, T], what follows the end of a response
+    return [(y[:n], p[:n]) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), (T - over.sum(1)).tolist())]
+
+
+def response_hidden(model, prompts, responses):
+    """Last hidden states after 0, 1 … T tokens of each response, arbitrary beyond its end: [N, T + 1, D].
+    The K = N/B responses to a prompt share a row x y_1 … y_K, and x is read once: positions in y_k follow x, and y_k
+    sees x and itself. Rows are padded on the right, where causal attention never looks: K = 1 needs no mask at all."""
+    K, config, inputs = len(responses) // len(prompts), model.config, {"use_cache": False}
+    kinds = {config._attn_implementation, *(getattr(config, "layer_types", None) or ["full_attention"])}
+    if kinds != {"sdpa", "full_attention"} or getattr(config, "sliding_window", None):  # others take no mask of ours
+        prompts, K = [x for x in prompts for _ in range(K)], 1
+    rows = [[x, *responses[K * b : K * b + K]] for b, x in enumerate(prompts)]
+    input_ids = pad_sequence([torch.cat(row) for row in rows], batch_first=True).to(model.device)  # [B, L]
+    lengths = torch.tensor([[len(part) for part in row] for row in rows], device=model.device)  # [B, 1 + K]
+    starts = lengths.cumsum(1) - lengths
+    column, t = (torch.arange(n, device=model.device) for n in (input_ids.shape[1], lengths[:, 1:].max() + 1))
+    if K > 1:
+        part = (column[:, None] >= starts[:, None, 1:]).sum(2)  # [B, L]: 0 in x, k in y_k
+        mask = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # [B, query, key]
+        shift = (starts - lengths[:, :1]).clamp(min=0).gather(1, part)
+        positions = (column - shift) * (column < lengths.sum(1, keepdim=True))
+        inputs |= {"attention_mask": mask[:, None], "position_ids": positions}
+    hidden = model.base_model(input_ids, **inputs).last_hidden_state  # [B, L, D]
+    columns = torch.where(t > 0, starts[:, 1:, None] + t, lengths[:, :1, None]) - 1  # [B, K, T + 1]
+    return hidden[torch.arange(len(rows))[:, None, None], columns.clamp(max=len(column) - 1)].flatten(0, 1)
+
+
+def response_logprobs(model, prompts, responses, temperature, hidden=None):
+    """log π(y_t | x, y_<t) of every response token: [N, T] float32, 0 on padding; `hidden`: of response_hidden."""
+    hidden = response_hidden(model, prompts, responses) if hidden is None else hidden
+    head = model.get_output_embeddings()
+    hidden = torch.cat([states[: len(y)] for states, y in zip(hidden, responses)]).float()  # [n, D], of response tokens
+    tokens, nll = torch.cat(responses).to(hidden.device), partial(F.cross_entropy, reduction="none")
+    logits = head if temperature == 1 else lambda h: head(h) / temperature
+    # Logits of many tokens would fill the memory: from 5 parts on, each is made again in the backward pass.
+    count = len(tokens) * len(head.weight) // (2**25 if hidden.is_cuda else 7_000_000) + 1
+    if count < 5 and torch.is_grad_enabled():
+        losses = [nll(logits(hidden), tokens)]
+    else:
+        parts = zip(hidden.chunk(count), tokens.chunk(count))
+        losses = [checkpoint(lambda h, y: nll(logits(h), y), *part, use_reentrant=False) for part in parts]
+    return pad_sequence((-torch.cat(losses)).split([len(y) for y in responses]), batch_first=True)
+
+
+def response_kl(policy, reference, prompts, responses, temperature):
+    """[N, 2], sums over a response, nats: KL(π_θ ‖ π_ref) over the whole vocabulary; log π_θ(y) − log π_ref(y)."""
+    models, sums = (policy, reference), torch.zeros(len(responses), 2, dtype=torch.float64, device=policy.device)
+    hidden = [response_hidden(model, prompts, responses) for model in models]  # twice [N, T + 1, D]
+    for i, y in enumerate(responses):
+        logits = (model.get_output_embeddings()(states[i, : len(y)].float()) for model, states in zip(models, hidden))
+        logp, ref_logp = (F.log_softmax(part / temperature, dim=-1) for part in logits)  # [T, V]
+        sums[i, 0] = F.kl_div(ref_logp, logp, log_target=True, reduction="none").sum(1).clamp(min=0).double().sum()
+        sums[i, 1] = (logp - ref_logp).gather(1, y[:, None].to(policy.device)).double().sum()
+    return sums
+
+
+def response_scores(reward_model, prompts, responses):
+    """r(x, y), the reward model's output at the last token of each response: [N] float32."""
+    hidden = zip(response_hidden(reward_model, prompts, responses), responses)
+    return reward_model.score(torch.stack([states[len(y)] for states, y in hidden]).float()).squeeze(-1)
+
+
+@torch.no_grad()
+def in_batches(function, prompts, responses, batch_size=0):
+    """function(prompts, responses) -> a result for each response, without gradient, in batches of like length (0: one a
+    process) shared out among the processes. All get all results, in order, on the CPU; tensors as one, [N, …]."""
+    K, N, state = len(responses) // len(prompts), len(responses), PartialState()
+    lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
+    batches, rows = lengths.argsort().split(max(1, (batch_size or math.ceil(N / state.num_processes)) // K)), [None] * N
+    for batch in batches[state.process_index :: state.num_processes]:
+        indices = [K * b + k for b in batch for k in range(K)]
+        results = function([prompts[b] for b in batch], [responses[i] for i in indices])
+        for i, row in zip(indices, results.cpu() if torch.is_tensor(results) else results):
+            rows[i] = row
+    rows = [next(row for row in of_all if row is not None) for of_all in zip(*gather_object([rows]))]
+    if torch.is_tensor(rows[0]):
+        return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+    return rows
+
+
+def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature, end_ids, batch_size):
+    """A point of the KL–reward frontier over B held-out prompts (docs/metrics.md), the responses, their rewards [B].
+    `judges`: {"reward", maybe "gold": function of (prompts, responses)}; `sft_rewards` [B]: of the SFT policy's."""
+    sample = partial(sample_responses, policy, temperature=temperature, end_ids=end_ids)
+    token_kl = partial(response_kl, policy, reference, temperature=temperature)
+    with whole(policy):
+        responses = [y for y, _ in in_batches(sample, prompts, noise)]
+        kl = in_batches(token_kl, prompts, responses, batch_size)
+    values = {"kl": kl[:, 0], "kl_k1": kl[:, 1], **{name: f(prompts, responses) for name, f in judges.items()}}
+    values["length"], values["eos_rate"] = torch.tensor([(len(y), y[-1] in end_ids) for y in responses]).T
+    values["win_rate_vs_sft"] = (values["reward"] - sft_rewards).sign() / 2 + 0.5  # a tie is half a win
+    point = {name: value.double().mean().item() for name, value in values.items()}
+    errors = {f"{name}_se": value.double().std().item() / len(prompts) ** 0.5 for name, value in values.items()}
+    return point | errors, responses, values["reward"]
+
+
+# ------------------------------------------------------------------------------------------ processes, checkpoints, run
+class Trained(torch.nn.Module):
+    """What is trained, a module whose forward is function(model, …): DDP, FSDP and DeepSpeed bring gradients together
+    where the forward of the module they wrap is called; one of the model inside would skip that without a word."""
+
+    def __init__(self, model, function, *others):
+        super().__init__()
+        self.model, self.others, self.function = model, torch.nn.ModuleList(others), function
+        self._no_split_modules = model._no_split_modules
+
+    def forward(self, *inputs, model=None):
+        return self.function(model or self.model, *self.others, *inputs)
+
+
+@contextmanager
+def whole(model):
+    """All weights in every process while the model is called outside of training; only FSDP has them in parts."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True)
+
+
+def check_finite(folder, update, tokenizer, prompts, responses, **values):
+    """Raises RunError where a value is not finite, after writing all of them, and the batch they are of, to the run's
+    folder. values: of the batch [], its prompts [B, …] or its responses [N]."""
+    bad = {name: value for name, value in values.items() if not value.isfinite().all()}
+    if bad:
+        rows = sorted({i for v in bad.values() if v.ndim for i in (~v.isfinite()).nonzero()[:, 0].tolist()})
+        texts = {"prompts": tokenizer.batch_decode(prompts), "responses": tokenizer.batch_decode(responses)}
+        values = {name: value.tolist() for name, value in values.items()}
+        file = folder / f"bad_batch_{PartialState().process_index}.json"
+        file.write_text(json.dumps({"update": update, "rows": rows, **values, **texts}, indent=1))
+        where = f"in rows {rows} of the batch" if rows else "for the whole batch"
+        raise RunError(f"update {update}: {', '.join(bad)} not finite {where}, which is in {file}.")
+
+
+def open_run(accelerator, folder, args, **record):
+    """Make the run's folder, or go on in it: `record`, with what save_checkpoint was given last; None if it has ended.
+    Raises UserError, before anything is changed, where the folder, its run or its checkpoint does not fit."""
+    git = subprocess.run(f"git -C '{TINY.parent}' rev-parse HEAD", shell=True, capture_output=True, text=True)
+    record |= {"format": 1, **json.loads(json.dumps({"args": asdict(args)}))}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    file, state, taken = folder / "args.json", {}, folder.exists() and any(folder.iterdir())
+    last = max((folder / "checkpoint").glob("*[0-9]"), default=None)
+    choice = f"Pass --overwrite to replace it, or another --output-dir than {folder}."
+    if taken and not file.is_file():
+        raise UserError(f"{folder} holds files already, and no run; pass another --output-dir.")
+    if taken and not args.overwrite:
+        try:
+            saved, state = json.loads(file.read_text()), torch.load(last / "state.pt") if last else {}
+            now, *before = ({**r, **r["args"]} for r in (record, saved, state or saved))
+            changed = {k: r.get(k) for r in before for k in now.keys() - FREE if r.get(k) != now[k]}
+            for name, size in state.get("files", {}).items():
+                if os.path.getsize(folder / name) < size:
+                    raise ValueError(f"{name} was cut short")
+            ended = (folder / "model").is_dir() and saved["args"]["num_updates"] == args.num_updates
+            if last and args.resume and not ended and not changed:
+                accelerator.load_state(last)
+        except Exception as error:
+            raise UserError(f"{last or file} is damaged ({type(error).__name__}: {error}). {choice}") from error
+        if changed:
+            said = ", ".join(f"{key} {value!r} (now {now[key]!r})" for key, value in sorted(changed.items()))
+            raise UserError(f"{folder} holds a run with {said}. {choice}")
+        if ended:
+            return print("ended         this run was made before (--overwrite makes it again)")
+        if not args.resume:
+            raise UserError(f"{folder} holds a run that has not ended. Pass --resume to go on with it. {choice}")
+        print(f"resumed       {f'from {last}' if last else 'from the beginning, there is no checkpoint yet'}")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        try:
+            for path in folder.iterdir() if taken else ():
+                if path.name in state.get("files", {}):  # files that grow are cut back to the checkpoint
+                    os.truncate(path, state["files"][path.name])
+                elif not state or path.name == "model" or path.suffix == ".jsonl" or "tfevents" in path.name:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            version = {"versions": versions, "git_commit": git.stdout.strip()}
+            (folder / "args.part").write_text(json.dumps(record | version, indent=1))
+            (folder / "args.part").rename(file)
+        except OSError as error:
+            raise UserError(f"--output-dir {folder}: nothing can be written there ({error}).") from error
+    accelerator.wait_for_everyone()
+    return record | state
+
+
+def save_checkpoint(accelerator, folder, writer, state):
+    """All that a resume needs, in folder/checkpoint/UPDATE; the one before goes when this is whole. Raises RunError."""
+    new = folder / f"checkpoint/{state['update']:08}"
+    part, main = new.with_suffix(".part"), accelerator.is_main_process
+    try:
+        accelerator.save_state(part, safe_serialization=False)
+        if main:
+            writer.flush()
+            files = [*folder.glob("*.jsonl"), *folder.glob("*tfevents*")]
+            torch.save({**state, "files": {file.name: file.stat().st_size for file in files}}, part / "state.pt")
+        accelerator.wait_for_everyone()
+        if main:
+            part.rename(new)
+            for other in {*new.parent.iterdir()} - {new}:
+                shutil.rmtree(other)
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunError(f"{new} could not be written ({type(error).__name__}: {error}).") from error
+
+
+def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs):
+    """The model in folder/model, plain files of transformers, in place when they are whole and, loaded again, compute
+    the same of `inputs`, trained's arguments (to 1e-5 relative). Raises RunError."""
+    part, weights = folder / "model.part", accelerator.get_state_dict(trained)
+    inner = accelerator.unwrap_model(trained)
+    with torch.no_grad(), whole(inner):
+        expected = inner(*inputs)
+        if accelerator.is_main_process:
+            try:
+                weights = {name[6:]: weight.float() for name, weight in weights.items() if name[:6] == "model."}
+                inner.model.save_pretrained(part, state_dict=weights)
+                tokenizer.save_pretrained(part)
+            except Exception as error:
+                raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
+            found = inner(*inputs, model=load_model(auto_class, part, "--output-dir", inner.model.device, args))
+            if not (found - expected).abs().max() <= 1e-5 * expected.abs().max():
+                raise RunError(f"{part}, loaded again, computes other numbers: {found} instead of {expected}.")
+            part.rename(folder / "model")
+    accelerator.wait_for_everyone()
+    print(f"saved in      {folder}/model, for {auto_class.__name__}.from_pretrained")
+
+
+def log(file, writer, step, values):
+    """Append a line to a .jsonl file of the run, and its values to TensorBoard; only the main process has a writer."""
+    if writer:
+        with open(file, "a") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            if not isinstance(value, list):
+                writer.add_scalar(f"eval/{key}" if file.stem == "frontier" else key, value, step)
+        if columns := [value for value in values.values() if isinstance(value, list)]:
+            writer.add_text(file.stem, "\n\n".join(" | ".join(map(repr, row)) for row in zip(*columns)), step)
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+def main(args):
+    # ------------------------------------------------------------------------- policy, pairs
+    accelerator = set_up(args)
+    args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
+    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
+        args.model = f"EleutherAI/{args.model}"
+    policy_path = find_stage("sft", args.model, args.dataset) or args.model
+    policy = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args, train=True)
+    tokenizer, end_ids = load_tokenizer(policy_path, policy, args)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {policy_path}: its tokenizer has no end-of-sequence token, which ends a response.")
+    reward_path = args.reward_fn or args.reward_model or find_stage("reward_model", args.model, args.dataset)
+    gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
+    print(f"policy        {policy_path} (for --model {args.model}); the reference is the same, frozen")
+    print(f"reward        {reward_path or 'none, nothing is sampled'}, for evaluation (--reward-model, --reward-fn)")
+    print(f"dataset       {args.dataset} (--dataset changes it)")
+    limits = (args.max_prompt_tokens, args.max_response_tokens, args.truncate_prompts)
+    with accelerator.local_main_process_first():  # one process of a machine fills the cache of datasets
+        rows, eval_rows = load_rows(tokenizer, args.dataset, ("chosen", "rejected"), *limits)
+    prompts, responses = [row["prompt"] for row in rows], [row[y] for row in rows for y in ("chosen", "rejected")]
+    eval_prompts = [torch.tensor(x) for x in dict.fromkeys(tuple(row["prompt"].tolist()) for row in eval_rows)]
+    eval_rows, eval_prompts = eval_rows[: args.eval_prompts], eval_prompts[: args.eval_prompts]
+    eval_pairs = [row["prompt"] for row in eval_rows], [row[y] for row in eval_rows for y in ("chosen", "rejected")]
+
+    # ------------------------------------------------------------------------- reference: once, then for evaluations
+    def load_judges():
+        """The reference and the functions that score responses, in memory only while they are needed."""
+        reference = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args)
+        judges = {}
+        if args.reward_fn:
+            judges["reward"] = text_reward(args.reward_fn, "--reward-fn", tokenizer)
+        elif reward_path:
+            classifier = partial(load_model, AutoModelForSequenceClassification, num_labels=1)
+            reward_model = classifier(reward_path, "--reward-model", accelerator.device, args)
+            judges["reward"] = partial(in_batches, partial(response_scores, reward_model), batch_size=max_rows)
+        if gold_fn:
+            judges["gold"] = text_reward(gold_fn, "--gold-fn", tokenizer)
+        return reference, judges
+
+    def sums(logprobs, responses):
+        """log π(y) of responses, [N], or their means over the tokens."""
+        count = torch.tensor([len(y) if args.average_logprobs else 1 for y in responses], device=logprobs.device)
+        return logprobs.double().sum(1) / count
+
+    def logps_of(model, *inputs):
+        logprobs = in_batches(partial(response_logprobs, model, temperature=args.temperature), *inputs, max_rows)
+        return sums(logprobs, inputs[1]).view(-1, 2)
+
+    def make_store():
+        noise = torch.Generator().manual_seed(args.seed)
+        noise = torch.rand(len(prompts) * S, T, dtype=torch.float64, generator=noise)
+        sample = partial(sample_responses, reference, temperature=args.temperature, end_ids=end_ids)
+        samples = [y for y, _ in in_batches(sample, prompts, noise, 512)]
+        logps = {"train": logps_of(reference, prompts, responses), "eval": logps_of(reference, *eval_pairs)}
+        return logps | {"samples": torch.cat(samples), "lengths": torch.tensor([len(y) for y in samples])}
+
+    max_rows, T, S = args.micro_batch_size, args.max_response_tokens, args.ref_samples_per_prompt
+    reference, judges = load_judges()
+    inputs = {"reference": fingerprint(reference.parameters()), "dtype": args.dtype, "temperature": args.temperature}
+    inputs |= {"average_logprobs": args.average_logprobs, "seed": args.seed, "end_ids": end_ids}
+    inputs |= {"ref_samples_per_prompt": args.ref_samples_per_prompt, "max_response_tokens": T}
+    inputs |= {"rows": fingerprint([*prompts, *responses]), "eval_rows": fingerprint([*eval_pairs[0], *eval_pairs[1]])}
+    store = stored(accelerator, make_store, kind="samples and log-probabilities of pairs", **inputs)
+    ref_logps, eval_ref_logps, samples, counts = store.values()
+    samples, K = samples.split(counts.tolist()), 2 + S  # responses to a prompt: chosen, rejected, S of the reference
+    responses = [y for i in range(len(prompts)) for y in (*responses[2 * i : 2 * i + 2], *samples[S * i : S * i + S])]
+    noise = torch.Generator().manual_seed(args.seed)
+    sft_noise, eval_noise = torch.rand(2, len(eval_prompts), T, dtype=torch.float64, generator=noise)
+    sample = partial(sample_responses, reference, temperature=args.temperature, end_ids=end_ids)
+    if "reward" in judges:
+        sft_responses = [y for y, _ in in_batches(sample, eval_prompts, sft_noise)]
+        sft_rewards = judges["reward"](eval_prompts, sft_responses)
+    del reference, judges, sample, store
+
+    # ------------------------------------------------------------------------- optimiser, run folder
+    per_epoch = math.ceil(len(rows) / args.minibatch_size)
+    num_updates = min(args.num_updates or math.inf, args.data_epochs * per_epoch)
+    lr = args.learning_rate or (2e-4 if args.model == "tiny" else 1e-6)
+    weights, options = policy.parameters(), {"weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(weights, lr, args.adam_betas, **options)
+    scheduler = transformers.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, num_updates)
+    trained, optimizer = accelerator.prepare(Trained(policy, response_logprobs), optimizer)
+    base = "tiny" if args.model == "tiny" else short_name(policy_path)
+    folder = Path(args.output_dir or f"runs/{NAME}/{short_name(args.dataset)}/{base}")
+    print(f"run folder    {folder} (--output-dir changes it)")
+    run = open_run(accelerator, folder, args, script=NAME, base_name=base, policy=policy_path, reward=reward_path)
+    if run is None:
+        return json.loads((folder / "frontier.jsonl").read_text().splitlines()[-1])
+    writer = SummaryWriter(folder) if accelerator.is_main_process else None
+    order = torch.Generator().manual_seed(args.seed)
+
+    # ------------------------------------------------------------------------- training
+    lengths = torch.tensor([len(x) + sum(map(len, responses[K * i : K * i + K])) for i, x in enumerate(prompts)])
+    options = (args.beta, args.tau)
+    start, queue = run.get("update", 0), run.get("queue", [])
+    order.set_state(run.get("order", order.get_state()))
+    scheduler.load_state_dict(run.get("scheduler", scheduler.state_dict()))
+    processes, rank, caught = accelerator.num_processes, accelerator.process_index, []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(number))
+    progress = tqdm(total=num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
+    for update in range(start, num_updates + 1):
+        # 0. Every so often save what a resume needs, and evaluate on held-out pairs and prompts.
+        stop = gather_object(caught)
+        if update > start and (stop or update == num_updates or args.save_every and update % args.save_every == 0):
+            state = {"update": update, "queue": queue, "order": order.get_state(), "scheduler": scheduler.state_dict()}
+            save_checkpoint(accelerator, folder, writer, run | state)
+        if stop:
+            print(f"\nstopped after {update} updates: the same command with --resume goes on", file=sys.stderr)
+            sys.exit(128 + stop[0])
+        if update in (0, num_updates) or args.eval_every and update % args.eval_every == 0:
+            with whole(policy):
+                logps = logps_of(policy, *eval_pairs)
+            _, metrics = preference_loss(*logps.T, *eval_ref_logps.T, logps.new_zeros(1), *options)  # without D_ref
+            metrics.pop("logps/ref_samples")
+            point = {key: value.item() for key, value in metrics.items()}
+            if reward_path:
+                reference, judges = load_judges()
+                evaluation = (eval_prompts, eval_noise, judges, sft_rewards, args.temperature, end_ids, max_rows)
+                frontier, y, rewards = evaluate(policy, reference, *evaluation)
+                del reference, judges, evaluation
+                point = frontier | point
+                columns = {"prompts": eval_prompts, "sft_responses": sft_responses, "responses": y}
+                texts = {key: tokenizer.batch_decode(ids, skip_special_tokens=True) for key, ids in columns.items()}
+                log(folder / "samples.jsonl", writer, update, {**texts, "rewards": rewards.tolist()})
+                shown = [" ".join(column[update % len(eval_prompts)].split()) for column in texts.values()]
+            log(folder / "frontier.jsonl", writer, update, point)
+            means = ", ".join(f"{k} {v:.3g}" for k, v in point.items() if k[-3:] != "_se" and k[:6] != "policy")
+            tqdm.write(f"\nafter {update} updates: {means}")
+            tqdm.write("   prompt {}\n   before {}\n   now    {}".format(*shown)) if reward_path else None
+        if update == num_updates:
+            break
+
+        # 1. One optimizer step on a minibatch, in micro-batches of pairs of like length.
+        clock = time.perf_counter()
+        if not queue:
+            queue = list(torch.randperm(len(rows), generator=order).split(args.minibatch_size))
+        minibatch = queue.pop(0)
+        shares = [minibatch[lengths[minibatch].argsort()][p::processes] for p in range(processes)]
+        mine = shares[rank] if len(shares[rank]) else minibatch[:1]
+        stats, all_logps, micros = Counter(), [], mine.split(max(1, max_rows // K))
+        for micro in micros:
+            accelerator.sync_gradients = micro is micros[-1]
+            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
+                inputs = [prompts[i] for i in micro], [y for i in micro for y in responses[K * i : K * i + K]]
+                logps = sums(trained(*inputs, args.temperature), inputs[1]).view(-1, K)  # chosen, rejected, samples
+                given = ref_logps[micro].to(logps.device).T
+                loss, metrics = preference_loss(*logps[:, :2].T, *given, logps[:, 2:], *options)
+                # The loss is a mean over the whole minibatch; a process without rows repeats one in vain.
+                share = len(micro) / len(minibatch) * (len(shares[rank]) > 0)
+                accelerator.backward(loss * share * processes)  # gradients: mean over the processes
+            all_logps.append(logps.detach())
+            stats.update({key: value.item() * share for key, value in metrics.items()})
+        stats = {key: sum(part[key] for part in gather_object([stats])) for key in stats}
+        grad_norm = accelerator.clip_grad_norm_(trained.parameters(), args.max_grad_norm or math.inf)
+        values = {"logps": torch.cat(all_logps), "loss": torch.tensor(stats["policy/loss"]), "gradient": grad_norm}
+        inputs = [prompts[i] for i in mine], [y for i in mine for y in responses[K * i : K * i + K]]
+        check_finite(folder, update + 1, tokenizer, *inputs, **values)
+        lr = scheduler.get_last_lr()[0]
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+        # 2. Log.
+        seconds = time.perf_counter() - clock
+        metrics = {**stats, "grad_norm": grad_norm.item(), "lr": lr, "time/update": seconds}
+        metrics |= {"samples_per_second": len(minibatch) / seconds}
+        log(folder / "metrics.jsonl", writer, update + 1, metrics)
+        shown_metrics = {"loss": f"{stats['policy/loss']:.3f}", "accuracy": f"{stats['rewards/accuracies']:.2f}"}
+        progress.set_postfix(shown_metrics | {"pairs/s": f"{len(minibatch) / seconds:.0f}"})
+        progress.update()
+    progress.close()
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        signal.signal(number, usual)
+    inputs = eval_pairs[0][:4], eval_pairs[1][:8], args.temperature
+    save_model(accelerator, trained, AutoModelForCausalLM, tokenizer, folder, args, inputs)
+    return point
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        main(args)
+    except (UserError, RunError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        if args.debug:
+            raise
+        code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        hints = ["What was saved is kept: when this is mended, the same command with --resume goes on."][: code % 2]
+        if isinstance(error, torch.OutOfMemoryError):
+            hints += ["Less memory: --micro-batch-size, --gradient-checkpointing, --dtype bfloat16, --unfrozen-layers"]
+        print(f"{NAME}.py: {error or 'interrupted'}", *hints, sep="\n", file=sys.stderr)
+        sys.exit(code)

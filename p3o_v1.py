@@ -1,0 +1,813 @@
+"""P3O-V1: Pairwise Proximal Policy Optimization with separate clipping (Wu et al. 2023, arXiv 2310.00212).
+
+Sample two responses to a prompt, score both, and raise the log-probability of one against the other in proportion to
+the difference of their rewards. What is added to all rewards of a prompt cancels, so no value function is needed.
+
+Objective    max_θ  E[ r(x, y) ] − β KL( π_θ ‖ π_ref )            x ~ prompts, y ~ π_θ(·|x)
+
+Pairwise policy gradient, two samples y_1, y_2 ~ π_old(·|x):
+    h_i = log π_θ(y_i) − log π_ref(y_i)                            log-ratio to the reference (SFT) policy
+    q   = sg[ (r_1 − r_2) − β (h_1 − h_2) ]                        signal: rewards r (centred, scaled) less KL penalty
+    ρ_i = π_θ(y_i) / π_old(y_i)                                    sequence-level importance ratio
+    w_i = sg[ clip(ρ_i, 1/R, R) ]                                  importance weight of a response; sg: no gradient
+    L   = ½ · mean over prompts of   max( −q w_2 ρ_1,  −q w_2 clip(ρ_1, 1 − ε, 1 + ε) )
+                                   + max( +q w_1 ρ_2,  +q w_1 clip(ρ_2, 1 − ε, 1 + ε) )    (V1: each one separately)
+
+With K > 2 responses a prompt (--num-responses) the mean is over all K(K−1)/2 pairs. Shapes: B prompts, K responses to
+each, N = B·K rows, T response tokens, V vocabulary, D hidden size. Prompts and responses are lists of 1-D id tensors,
+nothing padded; `logprobs` are per token, `logps` their sums over a response.
+
+    python p3o_v1.py                                                     the embedded world, 2 minutes on a laptop
+    python p3o_v1.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; starts from what the two stages saved
+    python p3o_v1.py --model FOLDER --dataset FILE.jsonl --reward-fn my_reward.py:f
+"""
+
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub import HfApi, constants
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
+FREE = {"args", "resume", "overwrite", "debug", "num_updates", "eval_every", "save_every"}  # may differ in a resume
+
+
+def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_bound):
+    """P3O-V1 loss (paper: algorithm 1 with separate clipping), mean over prompts and the pairs of their K responses.
+    logps, old_logps, ref_logps: [B, K], log π_θ(y), log π_old(y), log π_ref(y), nats; rewards: [B, K], scaled;
+    beta: β; clip_range: ε, 0 for no clipping; ratio_bound: R. Returns (scalar loss, dict of detached scalars)."""
+    first, second = torch.combinations(torch.arange(logps.shape[1], device=logps.device)).T  # the P = K(K−1)/2 pairs
+    logratio = logps - old_logps  # log ρ                                            [B, K]
+    h = (logps - ref_logps).detach()  # of the current π_θ: the KL penalty enters here and nowhere else  [B, K]
+    q = (rewards[:, first] - rewards[:, second]) - beta * (h[:, first] - h[:, second])  # [B, P]
+    ratio = logratio.clamp(max=20).exp()  # ρ, finite whatever happens               [B, K]
+    w = ratio.detach().clamp(1 / ratio_bound, ratio_bound)  # [B, K]
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) if clip_range > 0 else ratio
+    signal = torch.stack([-q * w[:, second], q * w[:, first]])  # of y_1, of y_2      [2, B, P]
+    losses, clipped_losses = (signal * torch.stack([x[:, first], x[:, second]]) for x in (ratio, clipped))  # [2, B, P]
+    loss = 0.5 * torch.maximum(losses, clipped_losses).sum(0).mean()
+    ratio, pair_weight = ratio.detach(), q * w[:, first] * w[:, second] / 2
+    metrics = {"policy/loss": loss.detach(), "policy/clipfrac": (clipped_losses > losses).double().mean()}
+    metrics |= {"policy/ratio_mean": ratio.mean(), "policy/ratio_max": ratio.max()}
+    metrics |= {"policy/approx_kl": (ratio - 1 - logratio.detach()).mean()}
+    metrics |= {"policy/pair_weight_mean": pair_weight.mean(), "policy/pair_weight_std": pair_weight.std(correction=0)}
+    return loss, metrics
+
+
+@dataclass
+class Args:
+    # Run
+    seed: int = 1  # of the sampling noise, the order of the data and any new weights
+    output_dir: str = ""  # the run's folder (default: runs/SCRIPT/DATASET/MODEL)
+    overwrite: bool = False  # replace the run that the folder holds
+    resume: bool = False  # go on from the folder's last checkpoint, or from the beginning where there is none
+    save_every: int = 20  # updates between checkpoints (0: only at the end, and when stopped by Ctrl-C or SIGTERM)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    debug: bool = False  # show the traceback of a mistake too
+    # Model, rewards, data
+    model: str = "tiny"  # tiny (embedded), a short name (pythia-14m … pythia-12b), a hub id, or a folder
+    reward_model: str = ""  # folder or hub id, fed this model's token ids (default: what reward_model.py saved for it)
+    reward_fn: str = ""  # FILE.py:f, in place of a model: f(prompts: list[str], responses: list[str]) -> list[float]
+    gold_fn: str = ""  # FILE.py:f, the true reward of the same form where one is known; only ever evaluated
+    trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
+    dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
+    max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
+    truncate_prompts: bool = False  # cut longer prompts on the left instead
+    max_response_tokens: int = 128  # length limit of a response
+    # Sizes
+    num_updates: int = 60  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
+    prompts_per_update: int = 64  # prompts sampled in an update
+    num_responses: int = 2  # responses sampled to each prompt, K
+    num_epochs: int = 4  # passes over the samples of an update
+    minibatch_size: int = 16  # prompts with all responses (online), pairs or rows (offline) per optimizer step
+    micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products alone (float16 overflows: not offered)
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
+    unfrozen_layers: int = 0  # train only the last layers, and the head if it has its own weights (0: everything)
+    # Optimiser
+    learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
+    weight_decay: float = 1e-6  # AdamW's, decoupled
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # decay rates of AdamW's two moments
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
+    # Evaluation on held-out prompts; there is always one before training and one after
+    eval_every: int = 20  # updates between evaluations (0: only these two)
+    eval_prompts: int = 256  # held-out prompts used, the first ones
+    # Algorithm
+    temperature: float = 1.0  # of the distribution sampled from, in every log-probability and KL too
+    missing_eos_penalty: float = 0.0  # subtracted from the score of a response cut at the length limit
+    beta: float = 0.05  # coefficient of the KL penalty
+    clip_range: float = 0.2  # ε (0: no clipping)
+    ratio_bound: float = 10.0  # R, importance weights are kept in [1/R, R]
+
+
+class UserError(Exception):
+    """A mistake in what the user gave, told in one sentence without a traceback; exit code 2, nothing was changed."""
+
+
+class RunError(Exception):
+    """What ends a run that had begun, told in one sentence; exit code 1, the last checkpoint is kept."""
+
+
+# ----------------------------------------------------------------------------------------------- set up, find and load
+def set_up(args):
+    """The accelerator: one device, or one a process. Raises UserError for a number out of range, before all else."""
+    at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs data_epochs ratio_bound"
+    lowest = dict.fromkeys(f"{at_least_1} max_prompt_tokens max_response_tokens".split(), 1)
+    lowest |= {"eval_prompts": 2, "temperature": 0.001}
+    for name, value in vars(args).items():
+        flag, low, high = f"--{name.replace('_', '-')} {value}", lowest.get(name, 0), 1 if "betas" in name else math.inf
+        if not all(low <= x < high for x in (value if name == "adam_betas" else [value]) if not isinstance(x, str)):
+            raise UserError(f"{flag}: expected at least {low}" + (f", below {high}." if high == 1 else "."))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
+    options = {"mixed_precision": "no", "kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False)]}
+    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), **options)
+    size, prompts = args.minibatch_size, getattr(args, "prompts_per_update", args.minibatch_size)
+    if prompts % size or size % accelerator.num_processes:
+        given = f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}, and that"
+        raise UserError(f"{given} of the number of processes, {accelerator.num_processes}.")
+    if not accelerator.is_main_process:
+        sys.stdout = open(os.devnull, "w")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != "FSDP":
+        print("note: accelerate shards a model (FSDP) on GPUs alone; here every process holds all of it (DDP)")
+    return accelerator
+
+
+def short_name(path):
+    """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
+    record = Path(path).parent / "args.json"
+    saved = json.loads(record.read_text()) if record.is_file() else {}
+    name = re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+    return Path(saved.get("base_name") or name).name
+
+
+def find_stage(stage, model, dataset):
+    """The model that an earlier stage (sft, reward_model) saved for this base model and dataset: a folder, or None."""
+    if model == "tiny":
+        return f"{TINY}/{stage}"
+    run = Path("runs") / stage / short_name(dataset) / short_name(model)
+    saved = json.loads((run / "args.json").read_text()) if (run / "model").is_dir() else {"base_name": None}
+    same = saved["base_name"] == short_name(model) and saved["args"]["dataset"] == dataset
+    return f"{run}/model" if same and (stage != "sft" or saved["args"]["model"] == model) else None
+
+
+def fetch(kind, name, flag, load):
+    """load(), a hub id only after one request of at most 10 s has found it. Raises UserError with the reason."""
+    try:
+        if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
+            HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
+        return load()
+    except Exception as error:
+        error = error.__cause__ or error  # of what the datasets library wraps
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        where = "can be read from there" if Path(name).exists() else "is there, on this machine or on huggingface.co"
+        raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
+
+
+def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
+    """A model in evaluation mode, so without dropout, from a folder or the hub; see set_up_model. Raises UserError."""
+    options |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": args.trust_remote_code}
+    model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
+    if info["missing_keys"] and not new_head:
+        raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
+    head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 2]])
+    with torch.no_grad():
+        if head and not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), atol=1e-4):
+            raise UserError(f"{flag} {name}: it scales or caps its logits, which is not supported; use another model.")
+    return set_up_model(model.to(device), args, train)
+
+
+def set_up_model(model, args, train):
+    """Freeze the whole model or, if `train`, all but its last --unfrozen-layers and head (0: freeze nothing). Its trunk
+    multiplies in --dtype; weights stay float32, but frozen Linear ones are rounded to it. Raises UserError."""
+    trunk, unfrozen = model.base_model, args.unfrozen_layers if train else 0
+    layers = next(part for part in trunk.modules() if isinstance(part, torch.nn.ModuleList))
+    if not 0 <= unfrozen <= len(layers):
+        raise UserError(f"--unfrozen-layers {unfrozen}: the model has {len(layers)}; pass 0 to train everything.")
+    model.requires_grad_(train)
+    if unfrozen:
+        trunk.requires_grad_(False)
+        layers[-unfrozen:].requires_grad_(True)
+    for layer in layers if train and args.gradient_checkpointing else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if args.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # for the head: float32 in and out, TF32 products
+        trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
+        for part in trunk.modules():
+            if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
+                part.to(torch.bfloat16)
+    return model
+
+
+def load_tokenizer(name, model, args):
+    """The tokenizer of a policy, and the ids that end its responses. Raises UserError."""
+    options = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = fetch("tokenizer", name, "--model", lambda: AutoTokenizer.from_pretrained(name, **options))
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
+    generation = getattr(model, "generation_config", None) or model.config
+    ends = (tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id)
+    return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
+
+
+def read_dataset(name, flag):
+    """The splits of a file, folder or hub dataset as lists of rows (dicts), training data first, held-out data next.
+    JSON lines are parsed here: the library would turn text that looks like a date into one. Raises UserError."""
+    path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}.get(name, name)
+    where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
+
+    def load():
+        builder = datasets.load_dataset_builder(where, data_files=files)
+        is_json = type(builder).__name__ == "Json"
+        source, data_files = ("text", builder.config.data_files) if is_json else (where, files)
+        return datasets.load_dataset(source, data_files=data_files), is_json
+
+    splits, is_json = fetch("dataset", path, flag, load)
+    parts = {key: list(part) for key, part in splits.items()}
+    for key, part in parts.items() if is_json else ():
+        parts[key] = rows = []
+        for number, line in enumerate(part, 1):
+            try:
+                rows += [{**json.loads(line["text"])}] if line["text"].strip() else []
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{flag} {name}: line {number} of {key} is no JSON object ({error}).") from error
+    return [parts[key] for key in ("train", "test", "validation") if key in parts] or list(parts.values())
+
+
+def load_prompts(tokenizer, dataset, max_prompt_tokens, truncate):
+    """(train, held-out) prompts as 1-D id tensors, each once: the column `prompt`, or the dialogues in `chosen` up
+    to their last "Assistant:" (HH). Without held-out data a tenth (at most 1,000) is held out. Raises UserError."""
+    parts = read_dataset(dataset, "--dataset")[:2]
+    for i, part in enumerate(parts):
+        column, texts = "prompt" if part and "prompt" in part[0] else "chosen", []
+        for number, row in enumerate(part, 1):
+            if not isinstance(text := row.get(column), str):
+                found = f"{text!r:.60}" if column in row else f"the columns {', '.join(row)}"
+                raise UserError(f"--dataset {dataset}: row {number}: expected text in prompt or chosen; found {found}.")
+            texts.append(text if column == "prompt" else "".join(text.rpartition("\n\nAssistant:")[:2]))
+        parts[i] = list(dict.fromkeys(filter(None, texts)))
+        if "" in texts:
+            print(f"{'':14}{texts.count(''):,} rows without a prompt, dropped")
+    if len(parts) == 1:
+        shuffled = [parts[0][i] for i in torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(0))]
+        cut = min(max(len(shuffled) // 10, 1), 1000)
+        parts = [shuffled[cut:], shuffled[:cut]]
+    for i, name in enumerate(("train", "held-out")):
+        ids = [torch.tensor(x) for x in tokenizer(parts[i]).input_ids] if parts[i] else []
+        long, done = sum(len(x) > max_prompt_tokens for x in ids), "cut on the left" if truncate else "dropped"
+        parts[i] = [x[-max_prompt_tokens:] for x in ids if truncate or len(x) <= max_prompt_tokens]
+        print(f"{'':14}{len(parts[i]):,} different {name} prompts; {long:,} too long, {done}")
+        if not parts[i]:
+            raise UserError(f"--dataset {dataset}: no {name} prompts are left.")
+    return parts
+
+
+def text_reward(spec, flag, tokenizer):
+    """The function of (prompts, responses) -> [N] float32 that "FILE.py:f" computes from their texts, which are decoded
+    without special tokens, responses with their leading space. Raises UserError."""
+    path, _, name = spec.rpartition(":")
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    function = runpy.run_path(path).get(name) if Path(path).is_file() else None
+    if not callable(function):
+        raise UserError(f"{flag} {spec}: expected FILE.py:function; there is no such file or no such function in it.")
+
+    def checked(texts, answers):
+        values = torch.tensor(list(function(texts, answers)), dtype=torch.float32)  # of text: an exception
+        if values.shape != (len(answers),) or not values.isfinite().all():
+            raise ValueError(f"expected {len(answers)} finite numbers, found {values.tolist()!s:.60}")
+        return values
+
+    def score(prompts, responses):
+        prompts = [x for x in prompts for _ in range(len(responses) // len(prompts))]
+        texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        whole = tokenizer.batch_decode([torch.cat(row) for row in zip(prompts, responses)], skip_special_tokens=True)
+        rows, rewards = [(x, y[len(x) :]) for x, y in zip(texts, whole)], [None]
+        try:  # by one process: if it draws random numbers, all still see the same rewards
+            rewards = [checked(*map(list, zip(*rows)))] if PartialState().is_main_process else rewards
+        except Exception as error:
+            for x, y in rows:
+                try:
+                    checked([x], [y])
+                except Exception as cause:
+                    raise RunError(f"{flag} {spec}: {cause!r}, for the prompt {x!r} and response {y!r}.") from cause
+            raise RunError(f"{flag} {spec}: {error!r}.") from error
+        return broadcast_object_list(rewards)[0]
+
+    return score
+
+
+# ------------------------------------------------------------------------------------- sample, log-probabilities, score
+class InplaceLayer(DynamicLayer):
+    """Keys and values of a layer in buffers with room for more; the library's layer copies them all at every token."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:  # the prompts: [B, heads, tokens, head size]; autocast leaves rotary keys float32
+            self.buffers = super().update(keys.to(values.dtype), values)
+            return self.buffers
+        start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        if len(self.keys) != len(self.buffers[0]) or end > self.buffers[0].shape[2]:  # other rows, or full
+            self.buffers = [F.pad(states, (0, 0, 0, 32)) for states in (self.keys, self.values)]
+        for buffer, states in zip(self.buffers, (keys, values)):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # only a scope: the trunk's autocasts inside it share the weights they round
+def sample_responses(model, prompts, noise, temperature, end_ids):
+    """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
+    `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
+    response depends on its own row alone. Returns N pairs on the CPU: the tokens of a response, up to and including an
+    id of `end_ids`, and their log-probabilities, float32."""
+    noise, end_ids, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
+    (N, T), K, noise = noise.shape, len(noise) // len(prompts), noise.to(device)
+    input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
+    mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
+    cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
+    cache.layers = [InplaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "past_key_values": cache}
+    hidden = model.base_model(input_ids, **inputs).last_hidden_state
+    hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
+    cache.batch_repeat_interleave(K)
+    tokens, logprobs = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device)
+    rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # kept
+    for t in range(T):
+        probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
+        # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
+        cdf = probs.double().cumsum(-1)
+        token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+        tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
+        going &= ~torch.isin(token.squeeze(1), end_ids)
+        if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
+            cache.batch_select_indices(going.nonzero().squeeze(1))
+            rows, token, mask, going = (v[going] for v in (rows, token, mask, going))
+        if t == T - 1 or len(rows) == 0:
+            break
+        mask = F.pad(mask, (0, 1), value=1)
+        inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
+        hidden = model.base_model(token, **inputs).last_hidden_state
+    over = F.pad(torch.isin(tokens, end_ids).cumsum(1), (1, 0))[:, :T] > 0  # [N, T], what follows the end of a response
+    return [(y[:n], p[:n]) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), (T - over.sum(1)).tolist())]
+
+
+def response_hidden(model, prompts, responses):
+    """Last hidden states after 0, 1 … T tokens of each response, arbitrary beyond its end: [N, T + 1, D].
+    The K = N/B responses to a prompt share a row x y_1 … y_K, and x is read once: positions in y_k follow x, and y_k
+    sees x and itself. Rows are padded on the right, where causal attention never looks: K = 1 needs no mask at all."""
+    K, config, inputs = len(responses) // len(prompts), model.config, {"use_cache": False}
+    kinds = {config._attn_implementation, *(getattr(config, "layer_types", None) or ["full_attention"])}
+    if kinds != {"sdpa", "full_attention"} or getattr(config, "sliding_window", None):  # others take no mask of ours
+        prompts, K = [x for x in prompts for _ in range(K)], 1
+    rows = [[x, *responses[K * b : K * b + K]] for b, x in enumerate(prompts)]
+    input_ids = pad_sequence([torch.cat(row) for row in rows], batch_first=True).to(model.device)  # [B, L]
+    lengths = torch.tensor([[len(part) for part in row] for row in rows], device=model.device)  # [B, 1 + K]
+    starts = lengths.cumsum(1) - lengths
+    column, t = (torch.arange(n, device=model.device) for n in (input_ids.shape[1], lengths[:, 1:].max() + 1))
+    if K > 1:
+        part = (column[:, None] >= starts[:, None, 1:]).sum(2)  # [B, L]: 0 in x, k in y_k
+        mask = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # [B, query, key]
+        shift = (starts - lengths[:, :1]).clamp(min=0).gather(1, part)
+        positions = (column - shift) * (column < lengths.sum(1, keepdim=True))
+        inputs |= {"attention_mask": mask[:, None], "position_ids": positions}
+    hidden = model.base_model(input_ids, **inputs).last_hidden_state  # [B, L, D]
+    columns = torch.where(t > 0, starts[:, 1:, None] + t, lengths[:, :1, None]) - 1  # [B, K, T + 1]
+    return hidden[torch.arange(len(rows))[:, None, None], columns.clamp(max=len(column) - 1)].flatten(0, 1)
+
+
+def response_logprobs(model, prompts, responses, temperature, hidden=None):
+    """log π(y_t | x, y_<t) of every response token: [N, T] float32, 0 on padding; `hidden`: of response_hidden."""
+    hidden = response_hidden(model, prompts, responses) if hidden is None else hidden
+    head = model.get_output_embeddings()
+    hidden = torch.cat([states[: len(y)] for states, y in zip(hidden, responses)]).float()  # [n, D], of response tokens
+    tokens, nll = torch.cat(responses).to(hidden.device), partial(F.cross_entropy, reduction="none")
+    logits = head if temperature == 1 else lambda h: head(h) / temperature
+    # Logits of many tokens would fill the memory: from 5 parts on, each is made again in the backward pass.
+    count = len(tokens) * len(head.weight) // (2**25 if hidden.is_cuda else 7_000_000) + 1
+    if count < 5 and torch.is_grad_enabled():
+        losses = [nll(logits(hidden), tokens)]
+    else:
+        parts = zip(hidden.chunk(count), tokens.chunk(count))
+        losses = [checkpoint(lambda h, y: nll(logits(h), y), *part, use_reentrant=False) for part in parts]
+    return pad_sequence((-torch.cat(losses)).split([len(y) for y in responses]), batch_first=True)
+
+
+def response_kl(policy, reference, prompts, responses, temperature):
+    """[N, 2], sums over a response, nats: KL(π_θ ‖ π_ref) over the whole vocabulary; log π_θ(y) − log π_ref(y)."""
+    models, sums = (policy, reference), torch.zeros(len(responses), 2, dtype=torch.float64, device=policy.device)
+    hidden = [response_hidden(model, prompts, responses) for model in models]  # twice [N, T + 1, D]
+    for i, y in enumerate(responses):
+        logits = (model.get_output_embeddings()(states[i, : len(y)].float()) for model, states in zip(models, hidden))
+        logp, ref_logp = (F.log_softmax(part / temperature, dim=-1) for part in logits)  # [T, V]
+        sums[i, 0] = F.kl_div(ref_logp, logp, log_target=True, reduction="none").sum(1).clamp(min=0).double().sum()
+        sums[i, 1] = (logp - ref_logp).gather(1, y[:, None].to(policy.device)).double().sum()
+    return sums
+
+
+def response_scores(reward_model, prompts, responses):
+    """r(x, y), the reward model's output at the last token of each response: [N] float32."""
+    hidden = zip(response_hidden(reward_model, prompts, responses), responses)
+    return reward_model.score(torch.stack([states[len(y)] for states, y in hidden]).float()).squeeze(-1)
+
+
+@torch.no_grad()
+def in_batches(function, prompts, responses, batch_size=0):
+    """function(prompts, responses) -> a result for each response, without gradient, in batches of like length (0: one a
+    process) shared out among the processes. All get all results, in order, on the CPU; tensors as one, [N, …]."""
+    K, N, state = len(responses) // len(prompts), len(responses), PartialState()
+    lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
+    batches, rows = lengths.argsort().split(max(1, (batch_size or math.ceil(N / state.num_processes)) // K)), [None] * N
+    for batch in batches[state.process_index :: state.num_processes]:
+        indices = [K * b + k for b in batch for k in range(K)]
+        results = function([prompts[b] for b in batch], [responses[i] for i in indices])
+        for i, row in zip(indices, results.cpu() if torch.is_tensor(results) else results):
+            rows[i] = row
+    rows = [next(row for row in of_all if row is not None) for of_all in zip(*gather_object([rows]))]
+    if torch.is_tensor(rows[0]):
+        return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+    return rows
+
+
+def centre_and_scale(scores, running):
+    """Rewards [B, K]: scores less the prompt's mean, over their running root mean square, clipped to ±10; that scale.
+    What is added to all scores of a prompt has no effect. `running`: [sum of squares, degrees of freedom] so far."""
+    deviations = scores.double() - scores.double().mean(1, keepdim=True)
+    running[0] += deviations.square().sum().item()
+    running[1] += deviations.numel() - len(deviations)
+    scale = (running[0] / running[1]) ** 0.5 or 1.0
+    return (deviations / scale).clamp(-10, 10), scale
+
+
+def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature, end_ids, batch_size):
+    """A point of the KL–reward frontier over B held-out prompts (docs/metrics.md), the responses, their rewards [B].
+    `judges`: {"reward", maybe "gold": function of (prompts, responses)}; `sft_rewards` [B]: of the SFT policy's."""
+    sample = partial(sample_responses, policy, temperature=temperature, end_ids=end_ids)
+    token_kl = partial(response_kl, policy, reference, temperature=temperature)
+    with whole(policy):
+        responses = [y for y, _ in in_batches(sample, prompts, noise)]
+        kl = in_batches(token_kl, prompts, responses, batch_size)
+    values = {"kl": kl[:, 0], "kl_k1": kl[:, 1], **{name: f(prompts, responses) for name, f in judges.items()}}
+    values["length"], values["eos_rate"] = torch.tensor([(len(y), y[-1] in end_ids) for y in responses]).T
+    values["win_rate_vs_sft"] = (values["reward"] - sft_rewards).sign() / 2 + 0.5  # a tie is half a win
+    point = {name: value.double().mean().item() for name, value in values.items()}
+    errors = {f"{name}_se": value.double().std().item() / len(prompts) ** 0.5 for name, value in values.items()}
+    return point | errors, responses, values["reward"]
+
+
+# ------------------------------------------------------------------------------------------ processes, checkpoints, run
+class Trained(torch.nn.Module):
+    """What is trained, a module whose forward is function(model, …): DDP, FSDP and DeepSpeed bring gradients together
+    where the forward of the module they wrap is called; one of the model inside would skip that without a word."""
+
+    def __init__(self, model, function, *others):
+        super().__init__()
+        self.model, self.others, self.function = model, torch.nn.ModuleList(others), function
+        self._no_split_modules = model._no_split_modules
+
+    def forward(self, *inputs, model=None):
+        return self.function(model or self.model, *self.others, *inputs)
+
+
+@contextmanager
+def whole(model):
+    """All weights in every process while the model is called outside of training; only FSDP has them in parts."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True)
+
+
+def check_finite(folder, update, tokenizer, prompts, responses, **values):
+    """Raises RunError where a value is not finite, after writing all of them, and the batch they are of, to the run's
+    folder. values: of the batch [], its prompts [B, …] or its responses [N]."""
+    bad = {name: value for name, value in values.items() if not value.isfinite().all()}
+    if bad:
+        rows = sorted({i for v in bad.values() if v.ndim for i in (~v.isfinite()).nonzero()[:, 0].tolist()})
+        texts = {"prompts": tokenizer.batch_decode(prompts), "responses": tokenizer.batch_decode(responses)}
+        values = {name: value.tolist() for name, value in values.items()}
+        file = folder / f"bad_batch_{PartialState().process_index}.json"
+        file.write_text(json.dumps({"update": update, "rows": rows, **values, **texts}, indent=1))
+        where = f"in rows {rows} of the batch" if rows else "for the whole batch"
+        raise RunError(f"update {update}: {', '.join(bad)} not finite {where}, which is in {file}.")
+
+
+def open_run(accelerator, folder, args, **record):
+    """Make the run's folder, or go on in it: `record`, with what save_checkpoint was given last; None if it has ended.
+    Raises UserError, before anything is changed, where the folder, its run or its checkpoint does not fit."""
+    git = subprocess.run(f"git -C '{TINY.parent}' rev-parse HEAD", shell=True, capture_output=True, text=True)
+    record |= {"format": 1, **json.loads(json.dumps({"args": asdict(args)}))}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    file, state, taken = folder / "args.json", {}, folder.exists() and any(folder.iterdir())
+    last = max((folder / "checkpoint").glob("*[0-9]"), default=None)
+    choice = f"Pass --overwrite to replace it, or another --output-dir than {folder}."
+    if taken and not file.is_file():
+        raise UserError(f"{folder} holds files already, and no run; pass another --output-dir.")
+    if taken and not args.overwrite:
+        try:
+            saved, state = json.loads(file.read_text()), torch.load(last / "state.pt") if last else {}
+            now, *before = ({**r, **r["args"]} for r in (record, saved, state or saved))
+            changed = {k: r.get(k) for r in before for k in now.keys() - FREE if r.get(k) != now[k]}
+            for name, size in state.get("files", {}).items():
+                if os.path.getsize(folder / name) < size:
+                    raise ValueError(f"{name} was cut short")
+            ended = (folder / "model").is_dir() and saved["args"]["num_updates"] == args.num_updates
+            if last and args.resume and not ended and not changed:
+                accelerator.load_state(last)
+        except Exception as error:
+            raise UserError(f"{last or file} is damaged ({type(error).__name__}: {error}). {choice}") from error
+        if changed:
+            said = ", ".join(f"{key} {value!r} (now {now[key]!r})" for key, value in sorted(changed.items()))
+            raise UserError(f"{folder} holds a run with {said}. {choice}")
+        if ended:
+            return print("ended         this run was made before (--overwrite makes it again)")
+        if not args.resume:
+            raise UserError(f"{folder} holds a run that has not ended. Pass --resume to go on with it. {choice}")
+        print(f"resumed       {f'from {last}' if last else 'from the beginning, there is no checkpoint yet'}")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        try:
+            for path in folder.iterdir() if taken else ():
+                if path.name in state.get("files", {}):  # files that grow are cut back to the checkpoint
+                    os.truncate(path, state["files"][path.name])
+                elif not state or path.name == "model" or path.suffix == ".jsonl" or "tfevents" in path.name:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+            version = {"versions": versions, "git_commit": git.stdout.strip()}
+            (folder / "args.part").write_text(json.dumps(record | version, indent=1))
+            (folder / "args.part").rename(file)
+        except OSError as error:
+            raise UserError(f"--output-dir {folder}: nothing can be written there ({error}).") from error
+    accelerator.wait_for_everyone()
+    return record | state
+
+
+def save_checkpoint(accelerator, folder, writer, state):
+    """All that a resume needs, in folder/checkpoint/UPDATE; the one before goes when this is whole. Raises RunError."""
+    new = folder / f"checkpoint/{state['update']:08}"
+    part, main = new.with_suffix(".part"), accelerator.is_main_process
+    try:
+        accelerator.save_state(part, safe_serialization=False)
+        if main:
+            writer.flush()
+            files = [*folder.glob("*.jsonl"), *folder.glob("*tfevents*")]
+            torch.save({**state, "files": {file.name: file.stat().st_size for file in files}}, part / "state.pt")
+        accelerator.wait_for_everyone()
+        if main:
+            part.rename(new)
+            for other in {*new.parent.iterdir()} - {new}:
+                shutil.rmtree(other)
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunError(f"{new} could not be written ({type(error).__name__}: {error}).") from error
+
+
+def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs):
+    """The model in folder/model, plain files of transformers, in place when they are whole and, loaded again, compute
+    the same of `inputs`, trained's arguments (to 1e-5 relative). Raises RunError."""
+    part, weights = folder / "model.part", accelerator.get_state_dict(trained)
+    inner = accelerator.unwrap_model(trained)
+    with torch.no_grad(), whole(inner):
+        expected = inner(*inputs)
+        if accelerator.is_main_process:
+            try:
+                weights = {name[6:]: weight.float() for name, weight in weights.items() if name[:6] == "model."}
+                inner.model.save_pretrained(part, state_dict=weights)
+                tokenizer.save_pretrained(part)
+            except Exception as error:
+                raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
+            found = inner(*inputs, model=load_model(auto_class, part, "--output-dir", inner.model.device, args))
+            if not (found - expected).abs().max() <= 1e-5 * expected.abs().max():
+                raise RunError(f"{part}, loaded again, computes other numbers: {found} instead of {expected}.")
+            part.rename(folder / "model")
+    accelerator.wait_for_everyone()
+    print(f"saved in      {folder}/model, for {auto_class.__name__}.from_pretrained")
+
+
+def log(file, writer, step, values):
+    """Append a line to a .jsonl file of the run, and its values to TensorBoard; only the main process has a writer."""
+    if writer:
+        with open(file, "a") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            if not isinstance(value, list):
+                writer.add_scalar(f"eval/{key}" if file.stem == "frontier" else key, value, step)
+        if columns := [value for value in values.values() if isinstance(value, list)]:
+            writer.add_text(file.stem, "\n\n".join(" | ".join(map(repr, row)) for row in zip(*columns)), step)
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+def main(args):
+    # ------------------------------------------------------------------------- policy, reference, reward, prompts
+    accelerator = set_up(args)
+    args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
+    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
+        args.model = f"EleutherAI/{args.model}"
+    if args.num_responses < 2:
+        raise UserError(f"--num-responses {args.num_responses}: P3O compares responses to a prompt, at least 2.")
+    policy_path = find_stage("sft", args.model, args.dataset) or args.model
+    policy = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args, train=True)
+    reference = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args)
+    for weight, ref_weight in zip(policy.parameters(), reference.parameters()):
+        ref_weight.data = ref_weight.data if weight.requires_grad else weight.data  # what is frozen, once in memory
+    tokenizer, end_ids = load_tokenizer(policy_path, policy, args)
+    reward_path = args.reward_fn or args.reward_model or find_stage("reward_model", args.model, args.dataset)
+    if not reward_path:
+        raise UserError("no reward: run reward_model.py on this dataset, or pass --reward-model or --reward-fn.")
+    print(f"policy        {policy_path} (for --model {args.model}); the reference is the same, frozen")
+    print(f"reward        {reward_path} (--reward-model or --reward-fn change it)")
+    if args.reward_fn:
+        score = text_reward(args.reward_fn, "--reward-fn", tokenizer)
+    else:
+        classifier = partial(load_model, AutoModelForSequenceClassification, num_labels=1)
+        reward_model = classifier(reward_path, "--reward-model", accelerator.device, args)
+        score = partial(in_batches, partial(response_scores, reward_model), batch_size=args.micro_batch_size)
+    gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
+    judges = {"reward": score} | ({"gold": text_reward(gold_fn, "--gold-fn", tokenizer)} if gold_fn else {})
+    print(f"dataset       {args.dataset} (--dataset changes it)")
+    with accelerator.local_main_process_first():  # one process of a machine fills the cache of datasets
+        prompts, eval_prompts = load_prompts(tokenizer, args.dataset, args.max_prompt_tokens, args.truncate_prompts)
+    eval_prompts = eval_prompts[: args.eval_prompts]
+
+    # ------------------------------------------------------------------------- optimiser, run folder, randomness
+    lr = args.learning_rate or (1.5e-4 if args.model == "tiny" else 1e-6)  # 1e-6: the authors' for Pythia-1B
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay, fused=True)
+    trained, optimizer = accelerator.prepare(Trained(policy, response_logprobs), optimizer)
+    base = "tiny" if args.model == "tiny" else short_name(policy_path)
+    folder = Path(args.output_dir or f"runs/{NAME}/{short_name(args.dataset)}/{base}")
+    print(f"run folder    {folder} (--output-dir changes it)")
+    run = open_run(accelerator, folder, args, script=NAME, base_name=base, policy=policy_path, reward=reward_path)
+    if run is None:
+        return json.loads((folder / "frontier.jsonl").read_text().splitlines()[-1])
+    writer = SummaryWriter(folder) if accelerator.is_main_process else None
+    generator = torch.Generator().manual_seed(args.seed)  # of the order of prompts and minibatches, training's noise
+    uniform = partial(torch.rand, dtype=torch.float64, generator=generator)
+    B, K, T, max_rows = args.prompts_per_update, args.num_responses, args.max_response_tokens, args.micro_batch_size
+    sft_noise, eval_noise = uniform(2, len(eval_prompts), T, generator=torch.Generator().manual_seed(args.seed))
+    sample = partial(sample_responses, temperature=args.temperature, end_ids=end_ids)
+    sft_responses = [y for y, _ in in_batches(partial(sample, reference), eval_prompts, sft_noise)]
+    sft_rewards = score(eval_prompts, sft_responses)
+
+    # ------------------------------------------------------------------------- training
+    start, queue, running = run.get("update", 0), run.get("queue", []), run.get("running", [0.0, 0])
+    generator.set_state(run.get("generator", generator.get_state()))
+    processes, rank, caught, low_kl = accelerator.num_processes, accelerator.process_index, [], 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(number))
+    progress = tqdm(total=args.num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
+    for update in range(start, args.num_updates + 1):
+        # 0. Every so often save what a resume needs, and evaluate the policy as it is after so many updates.
+        stop = gather_object(caught)
+        if update > start and (stop or update == args.num_updates or args.save_every and update % args.save_every == 0):
+            state = {"update": update, "queue": queue, "running": running, "generator": generator.get_state()}
+            save_checkpoint(accelerator, folder, writer, run | state)
+        if stop:
+            print(f"\nstopped after {update} updates: the same command with --resume goes on", file=sys.stderr)
+            sys.exit(128 + stop[0])
+        if update in (0, args.num_updates) or args.eval_every and update % args.eval_every == 0:
+            evaluation = (eval_prompts, eval_noise, judges, sft_rewards, args.temperature, end_ids, max_rows)
+            point, responses, rewards = evaluate(policy, reference, *evaluation)
+            log(folder / "frontier.jsonl", writer, update, point)
+            columns = {"prompts": eval_prompts, "sft_responses": sft_responses, "responses": responses}
+            texts = {key: tokenizer.batch_decode(ids, skip_special_tokens=True) for key, ids in columns.items()}
+            log(folder / "samples.jsonl", writer, update, {**texts, "rewards": rewards.tolist()})
+            means = ", ".join(f"{key} {value:.3g}" for key, value in point.items() if not key.endswith("_se"))
+            shown = [" ".join(column[update % len(eval_prompts)].split()) for column in texts.values()]
+            tqdm.write("\nafter {} updates: {}\n   prompt {}\n   before {}\n   now    {}".format(update, means, *shown))
+        if update == args.num_updates:
+            break
+
+        # 1. Sample K responses to each of B prompts from the policy as it is now, π_old.
+        clock = [time.perf_counter()]
+        while len(queue) < B:
+            queue += torch.randperm(len(prompts), generator=generator).tolist()
+        batch, queue = [prompts[i] for i in queue[:B]], queue[B:]
+        with whole(policy):
+            y, sampled_logprobs = zip(*in_batches(partial(sample, policy), batch, uniform(B * K, T)))
+        clock.append(time.perf_counter())
+
+        # 2. Score them; a constant added to the scores of a prompt does not reach the rewards.
+        scores = score(batch, y).view(B, K)
+        ended = torch.tensor([row[-1] in end_ids for row in y]).view(B, K)
+        r, scale = centre_and_scale(scores - args.missing_eos_penalty * ~ended, running)  # [B, K]
+        clock.append(time.perf_counter())
+
+        # 3. log π_ref of the responses. log π_old was recorded while sampling, but bfloat16 rounds otherwise there:
+        # then training's own forward gives it, here for all but the first minibatch, which gets it in its own step.
+        logprobs_of = partial(response_logprobs, temperature=args.temperature)
+        ref_logprobs = in_batches(partial(logprobs_of, reference), batch, y, max_rows)
+        sampled_logprobs = pad_sequence(sampled_logprobs, batch_first=True)
+        sampled_logps, ref_logps = (p.double().sum(1).view(B, K) for p in (sampled_logprobs, ref_logprobs))
+        old_logps, groups = sampled_logps.clone(), [y[K * b : K * b + K] for b in range(B)]
+        epochs = [torch.randperm(B, generator=generator).split(args.minibatch_size) for _ in range(args.num_epochs)]
+        for later in epochs[0][1:] if args.dtype == "bfloat16" else ():
+            inputs = [batch[b] for b in later], [row for b in later for row in groups[b]]
+            with whole(policy):
+                old_logprobs = in_batches(partial(logprobs_of, policy), *inputs, max_rows)
+            old_logps[later] = old_logprobs.double().sum(1).view(-1, K)
+        clock.append(time.perf_counter())
+
+        # 4. Several epochs over minibatches of prompts, shared out among the processes in micro-batches of like length.
+        old_logps, ref_logps, r = (v.to(policy.device) for v in (old_logps, ref_logps, r))
+        lengths = torch.tensor([len(x) + sum(map(len, rows)) for x, rows in zip(batch, groups)])
+        stats, options = Counter(), (args.beta, args.clip_range, args.ratio_bound)
+        for step, minibatch in enumerate(minibatch for epoch in epochs for minibatch in epoch):
+            shares = [minibatch[lengths[minibatch].argsort()][p::processes] for p in range(processes)]
+            micros, minibatch, new_logps = shares[rank].split(max(1, max_rows // K)), torch.cat(shares), []
+            for micro in micros:
+                accelerator.sync_gradients = micro is micros[-1]
+                with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
+                    inputs = [batch[b] for b in micro], [row for b in micro for row in groups[b]]
+                    new_logps.append(trained(*inputs, args.temperature).double().sum(1).view(-1, K))
+                    if step == 0 and args.dtype == "bfloat16":
+                        old_logps[micro] = new_logps[-1].detach()
+                    loss, _ = pairwise_loss(new_logps[-1], *(v[micro] for v in (old_logps, ref_logps, r)), *options)
+                    accelerator.backward(loss * len(micro) / len(shares[rank]))  # gradients: mean over the processes
+            new_logps = accelerator.gather(torch.cat(new_logps).detach())  # metrics are of the whole minibatch
+            if step == 0 and args.dtype == "bfloat16":
+                old_logps[minibatch] = new_logps
+            loss, metrics = pairwise_loss(new_logps, *(v[minibatch] for v in (old_logps, ref_logps, r)), *options)
+            stats.update({key: value.item() * len(minibatch) / B / args.num_epochs for key, value in metrics.items()})
+            if step == 0:  # no gradient step yet: sampling and training should agree
+                ratio_init_error = ((new_logps.cpu() - sampled_logps[minibatch]).exp() - 1).abs().max().item()
+            grad_norm = accelerator.clip_grad_norm_(trained.parameters(), args.max_grad_norm or math.inf)
+            values = {"score": scores[minibatch], "ref_logps": ref_logps[minibatch], "logps": new_logps}
+            inputs = [batch[b] for b in minibatch], [row for b in minibatch for row in groups[b]]
+            check_finite(folder, update + 1, tokenizer, *inputs, **values, loss=loss, gradient=grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        clock.append(time.perf_counter())
+
+        # 5. Log.
+        seconds, tokens = clock[-1] - clock[0], sum(len(row) for row in y)
+        d = (ref_logprobs - sampled_logprobs).double()  # for the k3 estimate of the KL, which is never negative
+        metrics = {"objective/reward": scores.mean().item(), "objective/reward_std": scores.std().item()}
+        metrics |= {"objective/kl": (d.exp() - 1 - d).sum(1).mean().item(), "objective/kl_k1": -d.sum(1).mean().item()}
+        metrics |= {"objective/entropy": -sampled_logps.sum().item() / tokens, "objective/beta_raw": args.beta * scale}
+        metrics |= {"objective/length": tokens / len(y), "objective/eos_rate": ended.double().mean().item(), **stats}
+        metrics |= {"val/ratio_init_error": ratio_init_error, "grad_norm": grad_norm.item(), "lr": lr}
+        phases = zip(("sample", "score", "logprobs", "train"), clock, clock[1:])
+        metrics |= {f"time/{name}": end - start for name, start, end in phases} | {"time/update": seconds}
+        metrics |= {"samples_per_second": len(y) / seconds, "tokens_per_second": tokens / seconds}
+        log(folder / "metrics.jsonl", writer, update + 1, metrics)
+        progress.set_postfix_str(f"reward {scores.mean():.2f}, KL {-d.sum(1).mean():.1f}, {len(y) / seconds:.0f}/s")
+        progress.update()
+        low_kl = low_kl + 1 if metrics["objective/kl_k1"] < -0.1 or low_kl > 4 else 0
+        if low_kl == 5:  # in a row
+            tqdm.write("warning: mean KL below 0: sampler, masks and log-probabilities may not be of one policy")
+    progress.close()
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        signal.signal(number, usual)
+    inputs = eval_prompts[:4], sft_responses[:4], args.temperature
+    save_model(accelerator, trained, AutoModelForCausalLM, tokenizer, folder, args, inputs)
+    return point
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        main(args)
+    except (UserError, RunError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        if args.debug:
+            raise
+        code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        hints = ["What was saved is kept: when this is mended, the same command with --resume goes on."][: code % 2]
+        if isinstance(error, torch.OutOfMemoryError):
+            hints += ["Less memory: --micro-batch-size, --gradient-checkpointing, --dtype bfloat16, --unfrozen-layers"]
+        print(f"{NAME}.py: {error or 'interrupted'}", *hints, sep="\n", file=sys.stderr)
+        sys.exit(code)
