@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 TASKS = ("p3o_v2", "sft", "reward_model")
+ONLINE, PAIRS = ("p3o_v1", "p3o_v2", "ppo", "online_dpo"), ("dpo", "ipo", "mpo")
 
 
 @dataclass
@@ -44,10 +46,10 @@ class Args:
     model: str = "pythia-14m"  # tiny, or the shape of a Pythia, with random weights
     tokenizer: str = str(ROOT / "tiny/sft")  # folder of the tokenizer for a Pythia's shape
     dataset: str = str(ROOT / "tiny/data/train.jsonl")  # pairs: prompt, chosen, rejected, or dialogues as in HH
-    tasks: tuple[str, ...] = TASKS  # scripts to time
+    tasks: tuple[str, ...] = TASKS  # scripts to time; also p3o_v1, ppo, online_dpo, dpo, ipo, mpo
     repeats: int = 3  # of ours, TRL's, floor
     updates: int = 3  # timed in every repeat, after one that is not
-    prompts: int = 16  # prompts (p3o_v2, with two responses each), rows (sft) or pairs (reward_model) in an update
+    prompts: int = 16  # prompts (online, with two responses each), rows (sft) or pairs in an update
     max_prompt_tokens: int = 256  # rows with longer prompts are not used
     max_response_tokens: int = 128  # nor are those with longer responses
     new_tokens: int = 64  # length limit of what is sampled
@@ -127,20 +129,36 @@ def run_ours(task, args, policy, reward_model, folder):
             lines.append(values)
         plain_log(file, writer, step, values)
 
-    script.log = log
+    def stored(accelerator, make, **inputs):  # log π_ref of the update's pairs, made once for each time they are used
+        def timed():
+            start = time.perf_counter(), time.process_time()
+            values = make()
+            once.extend((time.perf_counter() - start[0], time.process_time() - start[1]))
+            return values
+
+        shutil.rmtree("runs", ignore_errors=True)
+        return plain_stored(accelerator, timed, **inputs)
+
+    script.log, once = log, []
+    if hasattr(script, "stored"):
+        plain_stored, script.stored = script.stored, stored
     options = {"model": policy, "dataset": str(folder / "data"), "output_dir": str(folder / "run"), "overwrite": True}
     options |= {"num_updates": args.updates + 1, "eval_every": 0, "eval_prompts": 2, "dtype": args.dtype}
     options |= {"micro_batch_size": args.micro_batch_size, "minibatch_size": args.prompts, "learning_rate": 1e-5}
     options |= {"max_prompt_tokens": args.max_prompt_tokens, "max_response_tokens": args.max_response_tokens}
-    if task == "p3o_v2":
+    if task in ONLINE:
         options |= {"prompts_per_update": args.prompts, "num_epochs": 1, "reward_model": reward_model}
         options |= {"max_response_tokens": args.new_tokens}
     else:
         options |= {"data_epochs": args.updates + 1, "lr_schedule": "constant"}
     script.main(script.Args(**options))
     phases = {k[5:]: statistics.median(line[k] for line in lines[1:]) for k in lines[0] if k.startswith("time/")}
-    lengths = [round(line["objective/length"], 1) for line in lines[1:]] if task == "p3o_v2" else []
-    return clock.result(phases=phases, lengths=lengths)
+    lengths = [round(line["objective/length"], 1) for line in lines[1:]] if task in ONLINE else []
+    result = clock.result(phases=phases, lengths=lengths)
+    if once:
+        result["wall"], result["cpu"] = result["wall"] + once[0], result["cpu"] + once[1]
+        result["phases"] |= {"train": result["phases"]["update"], "reference": once[0]}
+    return result
 
 
 def run_trl(task, args, policy, reward_model, folder):
@@ -168,7 +186,7 @@ def run_trl(task, args, policy, reward_model, folder):
 
     rows = load_dataset("json", data_files=str(folder / "data/train.jsonl"), split="train")
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    sequences = args.prompts * (2 if task == "p3o_v2" else 1)
+    sequences = args.prompts * (2 if task in ("p3o_v1", "p3o_v2", "ppo") else 1)  # RLOO counts responses
     batch = args.trl_batch_size or sequences
     options = {"output_dir": str(folder / "trl"), "max_steps": args.updates + 1, "learning_rate": 1e-5}
     options |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": sequences // batch}
@@ -176,7 +194,7 @@ def run_trl(task, args, policy, reward_model, folder):
     options |= {"use_cpu": not torch.cuda.is_available(), "bf16": args.dtype == "bfloat16"}
     options |= {"gradient_checkpointing": False, "lr_scheduler_type": "constant"}
     common = {"processing_class": tokenizer, "callbacks": [Ticks()]}
-    if task == "p3o_v2":
+    if task in ("p3o_v1", "p3o_v2", "ppo"):
         rows = rows.remove_columns(["chosen", "rejected", "completion"])
         options |= {"num_generations": 2, "max_completion_length": args.new_tokens, "beta": 0.05, "temperature": 1.0}
         options |= {"top_k": 0, "generation_batch_size": sequences}
@@ -186,6 +204,21 @@ def run_trl(task, args, policy, reward_model, folder):
             "score": "_calculate_rewards",
             "logprobs": "_get_per_token_logps_and_entropies",
         }
+    elif task == "online_dpo":
+        from transformers import AutoModelForSequenceClassification
+        from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+        rows = rows.remove_columns(["chosen", "rejected", "completion"])
+        options |= {"max_new_tokens": args.new_tokens, "beta": [0.1], "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        options |= {"max_length": args.max_prompt_tokens + args.new_tokens}
+        scorer = AutoModelForSequenceClassification.from_pretrained(reward_model, num_labels=1)
+        scorers = {"reward_funcs": scorer, "reward_processing_classes": AutoTokenizer.from_pretrained(reward_model)}
+        trainer = OnlineDPOTrainer(policy, args=OnlineDPOConfig(**options), train_dataset=rows, **scorers, **common)
+        parts = {"generate": "_generate", "logprobs": "_forward"}
+    elif task in PAIRS:
+        rows, loss = rows.remove_columns(["completion"]), {"ipo": "ipo"}.get(task, "sigmoid")
+        options |= {"max_length": args.max_prompt_tokens + args.max_response_tokens, "loss_type": [loss], "beta": 0.1}
+        trainer, parts = trl.DPOTrainer(policy, args=trl.DPOConfig(**options), train_dataset=rows, **common), {}
     elif task == "sft":
         rows = rows.remove_columns(["chosen", "rejected"])
         options |= {"max_length": args.max_prompt_tokens + args.max_response_tokens}
@@ -218,14 +251,15 @@ def run_floor(task, args, policy, reward_model, folder):
     texts = [json.loads(row) for row in rows]
     count = {key: sum(len(tokenizer(row[key]).input_ids) for row in texts) for key in ("prompt", "chosen", "rejected")}
     B, T = args.prompts, args.new_tokens
-    if task == "p3o_v2":
+    if task in ONLINE:
         sampled = json.loads((folder / "lengths.json").read_text())
         responses, total = round(2 * B * statistics.mean(sampled)), 2 * count["prompt"]
         T = round(statistics.mean(sampled))
     elif task == "sft":
         responses, total = count["chosen"] + B, count["prompt"]
     else:
-        responses, total = 0, 2 * count["prompt"] + count["chosen"] + count["rejected"] + 2 * B
+        responses = count["chosen"] + count["rejected"] + 2 * B if task in PAIRS else 0
+        total = 2 * count["prompt"] + count["chosen"] + count["rejected"] + 2 * B - responses
     N = B if task == "sft" else 2 * B
     length = round((total + responses) / N)
     ids = torch.randint(0, 500, (N, length), device=device)
@@ -246,12 +280,20 @@ def run_floor(task, args, policy, reward_model, folder):
         for _ in range(T - 1):
             head(model.base_model(ids[:, :1], past_key_values=cache).last_hidden_state[:, -1])
 
-    if task == "p3o_v2":
+    if task in PAIRS:
+        parts = {
+            "reference": torch.no_grad()(partial(logprobs, model)),
+            "train": lambda: logprobs(model).sum().backward(),
+        }
+    elif task in ONLINE:
         parts = {"sample": sample, "score": torch.no_grad()(partial(trunk, scorer))}
         parts |= {
             "logprobs": torch.no_grad()(partial(logprobs, model)),
             "train": lambda: logprobs(model).sum().backward(),
         }
+        if task == "ppo":
+            parts |= {"values": torch.no_grad()(partial(trunk, scorer))}
+            parts |= {"train values": lambda: scorer.score(trunk(scorer)).sum().backward()}
     elif task == "sft":
         parts = {"train": lambda: logprobs(model).sum().backward()}
     else:

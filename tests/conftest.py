@@ -47,8 +47,8 @@ for line in sys.stdin:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     child = os.fork()
     if child:  # stays to tell the child's number and exit code
-        for name, value in (("pid", lambda: child), ("code", lambda: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))):
-            value = value()
+        for name in ("pid", "code"):
+            value = child if name == "pid" else os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             with open(f"{job['output']}.{name}.part", "w") as file:
                 file.write(str(value))
             os.rename(f"{job['output']}.{name}.part", f"{job['output']}.{name}")
