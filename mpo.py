@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import HfApi, constants
 from torch.distributed.fsdp import FSDPModule
@@ -147,8 +147,7 @@ def set_up(args):
             raise UserError(f"{flag}: expected at least {low}" + (f", below {high}." if high == 1 else "."))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
-    options = {"mixed_precision": "no", "kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False)]}
-    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), **options)
+    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts = args.minibatch_size, getattr(args, "prompts_per_update", args.minibatch_size)
     if prompts % size or size % accelerator.num_processes:
         given = f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}, and that"
@@ -520,9 +519,8 @@ def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature
     `judges`: {"reward", maybe "gold": function of (prompts, responses)}; `sft_rewards` [B]: of the SFT policy's."""
     sample = partial(sample_responses, policy, temperature=temperature, end_ids=end_ids)
     token_kl = partial(response_kl, policy, reference, temperature=temperature)
-    with whole(policy):
-        responses = [y for y, _ in in_batches(sample, prompts, noise)]
-        kl = in_batches(token_kl, prompts, responses, batch_size)
+    responses = [y for y, _ in in_batches(sample, prompts, noise)]
+    kl = in_batches(token_kl, prompts, responses, batch_size)
     values = {"kl": kl[:, 0], "kl_k1": kl[:, 1], **{name: f(prompts, responses) for name, f in judges.items()}}
     values["length"], values["eos_rate"] = torch.tensor([(len(y), y[-1] in end_ids) for y in responses]).T
     values["win_rate_vs_sft"] = (values["reward"] - sft_rewards).sign() / 2 + 0.5  # a tie is half a win
@@ -546,16 +544,20 @@ class Trained(torch.nn.Module):
 
 
 @contextmanager
-def whole(model):
-    """All weights in every process while the model is called outside of training; only FSDP has them in parts."""
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+def whole(trained):
+    """All weights in every process for forwards outside of training; only FSDP, whose hooks rest, has them in parts."""
+    parts = [part for part in trained.modules() if isinstance(part, FSDPModule)]
+    hooks = [hooks for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
+    kept = [dict(found) for found in hooks]
     for part in parts:
-        part.set_reshard_after_forward(False)
         part.unshard()
+    for found in hooks:
+        found.clear()
     yield
+    for found, before in zip(hooks, kept):
+        found.update(before)
     for part in parts:
         part.reshard()
-        part.set_reshard_after_forward(True)
 
 
 def check_finite(folder, update, tokenizer, prompts, responses, **values):
@@ -788,7 +790,7 @@ def main(args):
             print(f"\nstopped after {update} updates: the same command with --resume goes on", file=sys.stderr)
             sys.exit(128 + stop[0])
         if update in (0, num_updates) or args.eval_every and update % args.eval_every == 0:
-            with whole(policy):
+            with whole(trained):
                 logps = logps_of(policy, *eval_pairs)
             _, metrics = preference_loss(*logps.T, *eval_ref_logps.T, logps.new_zeros(1), *options)  # without D_ref
             metrics.pop("logps/ref_samples")
@@ -796,7 +798,8 @@ def main(args):
             if reward_path:
                 reference, judges = load_judges()
                 evaluation = (eval_prompts, eval_noise, judges, sft_rewards, args.temperature, end_ids, max_rows)
-                frontier, y, rewards = evaluate(policy, reference, *evaluation)
+                with whole(trained):
+                    frontier, y, rewards = evaluate(policy, reference, *evaluation)
                 del reference, judges, evaluation
                 point = frontier | point
                 columns = {"prompts": eval_prompts, "sft_responses": sft_responses, "responses": y}
@@ -816,8 +819,10 @@ def main(args):
             queue = list(torch.randperm(len(rows), generator=order).split(args.minibatch_size))
         minibatch = queue.pop(0)
         shares = [minibatch[lengths[minibatch].argsort()][p::processes] for p in range(processes)]
-        mine = shares[rank] if len(shares[rank]) else minibatch[:1]
-        stats, all_logps, micros = Counter(), [], mine.split(max(1, max_rows // K))
+        size = max(1, max_rows // K)
+        own = [rows for rows in shares[rank].split(size) if len(rows)]
+        micros = [*own, minibatch[:1]][: math.ceil(len(shares[0]) / size)]  # as many in all processes, for FSDP
+        stats, all_logps = Counter(), []
         for micro in micros:
             accelerator.sync_gradients = micro is micros[-1]
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
@@ -825,13 +830,13 @@ def main(args):
                 logps = sums(trained(*inputs, args.temperature), inputs[1]).view(-1, K)  # chosen, rejected, samples
                 given = ref_logps[micro].to(logps.device).T
                 loss, metrics = preference_loss(*logps[:, :2].T, *given, logps[:, 2:], *options)
-                # The loss is a mean over the whole minibatch; a process without rows repeats one in vain.
-                share = len(micro) / len(minibatch) * (len(shares[rank]) > 0)
+                # The loss is a mean over the whole minibatch; a row that only makes up the number does not count.
+                share = len(micro) / len(minibatch) * (len(all_logps) < len(own))
                 accelerator.backward(loss * share * processes)  # gradients: mean over the processes
             all_logps.append(logps.detach())
             stats.update({key: value.item() * share for key, value in metrics.items()})
-        stats = {key: sum(part[key] for part in gather_object([stats])) for key in stats}
-        grad_norm = accelerator.clip_grad_norm_(trained.parameters(), args.max_grad_norm or math.inf)
+        stats, mine = {key: sum(part[key] for part in gather_object([stats])) for key in stats}, torch.cat(micros)
+        grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained.parameters(), args.max_grad_norm or math.inf))
         values = {"logps": torch.cat(all_logps), "loss": torch.tensor(stats["policy/loss"]), "gradient": grad_norm}
         inputs = [prompts[i] for i in mine], [y for i in mine for y in responses[K * i : K * i + K]]
         check_finite(folder, update + 1, tokenizer, *inputs, **values)

@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import HfApi, constants
 from torch.distributed.fsdp import FSDPModule
@@ -146,8 +146,7 @@ def set_up(args):
             raise UserError(f"{flag}: expected at least {low}" + (f", below {high}." if high == 1 else "."))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
-    options = {"mixed_precision": "no", "kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False)]}
-    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), **options)
+    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts = args.minibatch_size, getattr(args, "prompts_per_update", args.minibatch_size)
     if prompts % size or size % accelerator.num_processes:
         given = f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}, and that"
@@ -471,9 +470,8 @@ def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature
     `judges`: {"reward", maybe "gold": function of (prompts, responses)}; `sft_rewards` [B]: of the SFT policy's."""
     sample = partial(sample_responses, policy, temperature=temperature, end_ids=end_ids)
     token_kl = partial(response_kl, policy, reference, temperature=temperature)
-    with whole(policy):
-        responses = [y for y, _ in in_batches(sample, prompts, noise)]
-        kl = in_batches(token_kl, prompts, responses, batch_size)
+    responses = [y for y, _ in in_batches(sample, prompts, noise)]
+    kl = in_batches(token_kl, prompts, responses, batch_size)
     values = {"kl": kl[:, 0], "kl_k1": kl[:, 1], **{name: f(prompts, responses) for name, f in judges.items()}}
     values["length"], values["eos_rate"] = torch.tensor([(len(y), y[-1] in end_ids) for y in responses]).T
     values["win_rate_vs_sft"] = (values["reward"] - sft_rewards).sign() / 2 + 0.5  # a tie is half a win
@@ -497,16 +495,20 @@ class Trained(torch.nn.Module):
 
 
 @contextmanager
-def whole(model):
-    """All weights in every process while the model is called outside of training; only FSDP has them in parts."""
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+def whole(trained):
+    """All weights in every process for forwards outside of training; only FSDP, whose hooks rest, has them in parts."""
+    parts = [part for part in trained.modules() if isinstance(part, FSDPModule)]
+    hooks = [hooks for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
+    kept = [dict(found) for found in hooks]
     for part in parts:
-        part.set_reshard_after_forward(False)
         part.unshard()
+    for found in hooks:
+        found.clear()
     yield
+    for found, before in zip(hooks, kept):
+        found.update(before)
     for part in parts:
         part.reshard()
-        part.set_reshard_after_forward(True)
 
 
 def check_finite(folder, update, tokenizer, prompts, responses, **values):
@@ -683,6 +685,7 @@ def main(args):
     start, queue, running = run.get("update", 0), run.get("queue", []), run.get("running", [0.0, 0])
     generator.set_state(run.get("generator", generator.get_state()))
     processes, rank, caught, low_kl = accelerator.num_processes, accelerator.process_index, [], 0
+    max_norm = args.max_grad_norm or math.inf
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: caught.append(number))
     progress = tqdm(total=args.num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
@@ -697,7 +700,8 @@ def main(args):
             sys.exit(128 + stop[0])
         if update in (0, args.num_updates) or args.eval_every and update % args.eval_every == 0:
             evaluation = (eval_prompts, eval_noise, judges, sft_rewards, args.temperature, end_ids, max_rows)
-            point, responses, rewards = evaluate(policy, reference, *evaluation)
+            with whole(trained):
+                point, responses, rewards = evaluate(policy, reference, *evaluation)
             log(folder / "frontier.jsonl", writer, update, point)
             columns = {"prompts": eval_prompts, "sft_responses": sft_responses, "responses": responses}
             texts = {key: tokenizer.batch_decode(ids, skip_special_tokens=True) for key, ids in columns.items()}
@@ -713,7 +717,7 @@ def main(args):
         while len(queue) < B:
             queue += torch.randperm(len(prompts), generator=generator).tolist()
         batch, queue = [prompts[i] for i in queue[:B]], queue[B:]
-        with whole(policy):
+        with whole(trained):
             y, sampled_logprobs = zip(*in_batches(partial(sample, policy), batch, uniform(B * K, T)))
         clock.append(time.perf_counter())
 
@@ -733,7 +737,7 @@ def main(args):
         epochs = [torch.randperm(B, generator=generator).split(args.minibatch_size) for _ in range(args.num_epochs)]
         for later in epochs[0][1:] if args.dtype == "bfloat16" else ():
             inputs = [batch[b] for b in later], [row for b in later for row in groups[b]]
-            with whole(policy):
+            with whole(trained):
                 old_logprobs = in_batches(partial(logprobs_of, policy), *inputs, max_rows)
             old_logps[later] = old_logprobs.double().sum(1).view(-1, K)
         clock.append(time.perf_counter())
@@ -761,7 +765,7 @@ def main(args):
             stats.update({key: value.item() * len(minibatch) / B / args.num_epochs for key, value in metrics.items()})
             if step == 0:  # no gradient step yet: sampling and training should agree
                 ratio_init_error = ((new_logps.cpu() - sampled_logps[minibatch]).exp() - 1).abs().max().item()
-            grad_norm = accelerator.clip_grad_norm_(trained.parameters(), args.max_grad_norm or math.inf)
+            grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained.parameters(), max_norm))
             values = {"score": scores[minibatch], "ref_logps": ref_logps[minibatch], "logps": new_logps}
             inputs = [batch[b] for b in minibatch], [row for b in minibatch for row in groups[b]]
             check_finite(folder, update + 1, tokenizer, *inputs, **values, loss=loss, gradient=grad_norm)

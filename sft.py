@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from huggingface_hub import HfApi, constants
 from torch.distributed.fsdp import FSDPModule
@@ -118,8 +118,7 @@ def set_up(args):
             raise UserError(f"{flag}: expected at least {low}" + (f", below {high}." if high == 1 else "."))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
-    options = {"mixed_precision": "no", "kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False)]}
-    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), **options)
+    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts = args.minibatch_size, getattr(args, "prompts_per_update", args.minibatch_size)
     if prompts % size or size % accelerator.num_processes:
         given = f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}, and that"
@@ -408,16 +407,20 @@ class Trained(torch.nn.Module):
 
 
 @contextmanager
-def whole(model):
-    """All weights in every process while the model is called outside of training; only FSDP has them in parts."""
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+def whole(trained):
+    """All weights in every process for forwards outside of training; only FSDP, whose hooks rest, has them in parts."""
+    parts = [part for part in trained.modules() if isinstance(part, FSDPModule)]
+    hooks = [hooks for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
+    kept = [dict(found) for found in hooks]
     for part in parts:
-        part.set_reshard_after_forward(False)
         part.unshard()
+    for found in hooks:
+        found.clear()
     yield
+    for found, before in zip(hooks, kept):
+        found.update(before)
     for part in parts:
         part.reshard()
-        part.set_reshard_after_forward(True)
 
 
 def check_finite(folder, update, tokenizer, prompts, responses, **values):
@@ -604,7 +607,7 @@ def main(args):
         if update in (0, num_updates) or args.eval_every and update % args.eval_every == 0:
             logprobs_of = partial(response_logprobs, policy, temperature=args.temperature)
             shown = eval_x[update % len(eval_x)]
-            with whole(policy):
+            with whole(trained):
                 total = in_batches(logprobs_of, eval_x, eval_y, args.micro_batch_size).double().sum().item()
                 ((response, _),) = sample_responses(policy, [shown], shown_noise, args.temperature, end_ids)
             loss = -total / sum(len(response) for response in eval_y)
@@ -617,13 +620,15 @@ def main(args):
             break
 
         # 1. One optimizer step on a minibatch, in micro-batches of rows of like length.
-        start = time.perf_counter()
+        clock = time.perf_counter()
         if not queue:
             queue = list(torch.randperm(len(rows), generator=order).split(args.minibatch_size))
         minibatch = queue.pop(0)
         shares = [minibatch[lengths[minibatch].argsort()][p::processes] for p in range(processes)]
-        mine, tokens = shares[rank] if len(shares[rank]) else minibatch[:1], sum(len(y[i]) for i in minibatch)
-        stats, logps, micros = Counter(), [], mine.split(args.micro_batch_size)
+        size = args.micro_batch_size
+        own = [rows for rows in shares[rank].split(size) if len(rows)]
+        micros = [*own, minibatch[:1]][: math.ceil(len(shares[0]) / size)]  # as many in all processes, for FSDP
+        stats, logps, tokens = Counter(), [], sum(len(y[i]) for i in minibatch)
         for micro in micros:
             accelerator.sync_gradients = micro is micros[-1]
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
@@ -631,13 +636,13 @@ def main(args):
                 logprobs = trained([x[i] for i in micro], micro_y, args.temperature)
                 mask = pad_sequence([torch.ones_like(row) for row in micro_y], batch_first=True).to(logprobs.device)
                 loss, metrics = sft_loss(logprobs, mask)
-                # The loss is a mean over the tokens of the whole minibatch; a process without rows repeats one in vain.
-                share = mask.sum().item() / tokens * (len(shares[rank]) > 0)
+                # The loss is a mean over the tokens of the whole minibatch; a row that makes up the number is no part.
+                share = mask.sum().item() / tokens * (len(logps) < len(own))
                 accelerator.backward(loss * share * processes)  # gradients: mean over the processes
             logps.append(logprobs.detach().sum(1))
             stats.update({key: value.item() * share for key, value in metrics.items()})
-        stats = {key: sum(part[key] for part in gather_object([stats])) for key in stats}
-        grad_norm = accelerator.clip_grad_norm_(trained.parameters(), args.max_grad_norm or math.inf)
+        stats, mine = {key: sum(part[key] for part in gather_object([stats])) for key in stats}, torch.cat(micros)
+        grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained.parameters(), args.max_grad_norm or math.inf))
         values = {"logps": torch.cat(logps), "loss": torch.tensor(stats["sft/loss"]), "gradient": grad_norm}
         check_finite(folder, update + 1, tokenizer, [x[i] for i in mine], [y[i] for i in mine], **values)
         lr = scheduler.get_last_lr()[0]
@@ -646,7 +651,7 @@ def main(args):
         scheduler.step()
 
         # 2. Log.
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - clock
         metrics = {**stats, "grad_norm": grad_norm.item(), "lr": lr, "time/update": seconds}
         metrics |= {"samples_per_second": len(minibatch) / seconds, "tokens_per_second": tokens / seconds}
         log(folder / "metrics.jsonl", writer, update + 1, metrics)
