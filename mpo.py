@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
+BELOW_1 = {"adam_betas", "label_smoothing"}
 FREE = {"args", "resume", "overwrite", "debug", "num_updates", "eval_every", "save_every"}  # may differ in a resume
 
 
@@ -139,12 +140,13 @@ class RunError(Exception):
 def set_up(args):
     """The accelerator: one device, or one a process. Raises UserError for a number out of range, before all else."""
     at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs data_epochs ratio_bound"
-    lowest = dict.fromkeys(f"{at_least_1} max_prompt_tokens max_response_tokens".split(), 1)
+    at_least_1 += " max_prompt_tokens max_response_tokens ref_samples_per_prompt"
+    lowest = dict.fromkeys(at_least_1.split(), 1)
     lowest |= {"eval_prompts": 2, "temperature": 0.001}
     for name, value in vars(args).items():
-        flag, low, high = f"--{name.replace('_', '-')} {value}", lowest.get(name, 0), 1 if "betas" in name else math.inf
+        flag, low, high = f"--{name.replace('_', '-')} {value}", lowest.get(name, 0), 1 if name in BELOW_1 else 2**63
         if not all(low <= x < high for x in (value if name == "adam_betas" else [value]) if not isinstance(x, str)):
-            raise UserError(f"{flag}: expected at least {low}" + (f", below {high}." if high == 1 else "."))
+            raise UserError(f"{flag}: expected at least {low}, below {high:.3g}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
@@ -161,10 +163,10 @@ def set_up(args):
 
 def short_name(path):
     """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
-    record = Path(path).parent / "args.json"
-    saved = json.loads(record.read_text()) if record.is_file() else {}
-    name = re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
-    return Path(saved.get("base_name") or name).name
+    try:
+        return Path(json.loads((Path(path).parent / "args.json").read_text())["base_name"]).resolve().name
+    except (OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
+        return re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
 
 
 def find_stage(stage, model, dataset):
@@ -173,7 +175,7 @@ def find_stage(stage, model, dataset):
         return f"{TINY}/{stage}"
     run = Path("runs") / stage / short_name(dataset) / short_name(model)
     saved = json.loads((run / "args.json").read_text()) if (run / "model").is_dir() else {"base_name": None}
-    same = saved["base_name"] == short_name(model) and saved["args"]["dataset"] == dataset
+    same = saved.get("base_name") == short_name(model) and saved["args"]["dataset"] == dataset
     return f"{run}/model" if same and (stage != "sft" or saved["args"]["model"] == model) else None
 
 
@@ -198,7 +200,7 @@ def load_model(auto_class, name, flag, device, args, train=False, new_head=False
         raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
     head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 2]])
     with torch.no_grad():
-        if head and not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), atol=1e-4):
+        if head and not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), 0, 1e-4, True):
             raise UserError(f"{flag} {name}: it scales or caps its logits, which is not supported; use another model.")
     return set_up_model(model.to(device), args, train)
 
@@ -229,6 +231,8 @@ def load_tokenizer(name, model, args):
     """The tokenizer of a policy, and the ids that end its responses. Raises UserError."""
     options = {"trust_remote_code": args.trust_remote_code}
     tokenizer = fetch("tokenizer", name, "--model", lambda: AutoTokenizer.from_pretrained(name, **options))
+    if not tokenizer("Hi").input_ids:  # what the library makes up where there is none
+        raise UserError(f"--model {name}: no tokenizer is there; save the model's own in that folder.")
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
@@ -242,6 +246,8 @@ def read_dataset(name, flag):
     JSON lines are parsed here: the library would turn text that looks like a date into one. Raises UserError."""
     path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}.get(name, name)
     where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
+    if files and not os.path.getsize(path):
+        raise UserError(f"{flag} {name}: the file is empty.")
 
     def load():
         builder = datasets.load_dataset_builder(where, data_files=files)
@@ -295,7 +301,7 @@ def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_token
     if len(parts) == 1:
         prompts = list(dict.fromkeys(row["prompt"] for row in parts[0]))
         shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
-        held = {prompts[i] for i in shuffled[: min(max(len(prompts) // 10, 1), 1000)]}
+        held = {prompts[i] for i in shuffled[: min(max(len(prompts) // 10, 2), 1000)]}
         parts = [[row for row in parts[0] if (row["prompt"] in held) == out] for out in (False, True)]
     for i, name in enumerate(("train", "held-out")):
         texts, rows = [[row[key] for row in parts[i]] for key in keys], []
@@ -321,15 +327,20 @@ def text_reward(spec, flag, tokenizer):
     without special tokens, responses with their leading space. Raises UserError."""
     path, _, name = spec.rpartition(":")
     sys.path.insert(0, str(Path(path).resolve().parent))
-    function = runpy.run_path(path).get(name) if Path(path).is_file() else None
+    try:
+        function = runpy.run_path(path).get(name) if Path(path).is_file() else None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{flag} {spec}: the file does not run ({error!r}).") from error
     if not callable(function):
         raise UserError(f"{flag} {spec}: expected FILE.py:function; there is no such file or no such function in it.")
 
     def checked(texts, answers):
-        values = torch.tensor(list(function(texts, answers)), dtype=torch.float32)  # of text: an exception
-        if values.shape != (len(answers),) or not values.isfinite().all():
-            raise ValueError(f"expected {len(answers)} finite numbers, found {values.tolist()!s:.60}")
-        return values
+        found = function(texts, answers)
+        with suppress(TypeError, ValueError, RuntimeError):  # of what is no number
+            values = torch.tensor(list(found), dtype=torch.float32)
+            if values.shape == (len(answers),) and values.isfinite().all():
+                return values
+        raise ValueError(f"expected {len(answers)} finite numbers, found {found!s:.60}")
 
     def score(prompts, responses):
         prompts = [x for x in prompts for _ in range(len(responses) // len(prompts))]
@@ -338,11 +349,11 @@ def text_reward(spec, flag, tokenizer):
         rows, rewards = [(x, y[len(x) :]) for x, y in zip(texts, whole)], [None]
         try:  # by one process: if it draws random numbers, all still see the same rewards
             rewards = [checked(*map(list, zip(*rows)))] if PartialState().is_main_process else rewards
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             for x, y in rows:
                 try:
                     checked([x], [y])
-                except Exception as cause:
+                except (Exception, SystemExit) as cause:
                     raise RunError(f"{flag} {spec}: {cause!r}, for the prompt {x!r} and response {y!r}.") from cause
             raise RunError(f"{flag} {spec}: {error!r}.") from error
         return broadcast_object_list(rewards)[0]
@@ -580,7 +591,7 @@ def open_run(accelerator, folder, args, **record):
     git = subprocess.run(f"git -C '{TINY.parent}' rev-parse HEAD", shell=True, capture_output=True, text=True)
     record |= {"format": 1, **json.loads(json.dumps({"args": asdict(args)}))}
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    file, state, taken = folder / "args.json", {}, folder.exists() and any(folder.iterdir())
+    file, state, taken = folder / "args.json", {}, folder.is_dir() and any(folder.iterdir())
     last = max((folder / "checkpoint").glob("*[0-9]"), default=None)
     choice = f"Pass --overwrite to replace it, or another --output-dir than {folder}."
     if taken and not file.is_file():
@@ -711,8 +722,12 @@ def main(args):
         if args.reward_fn:
             judges["reward"] = text_reward(args.reward_fn, "--reward-fn", tokenizer)
         elif reward_path:
-            classifier = partial(load_model, AutoModelForSequenceClassification, num_labels=1)
+            classifier = partial(load_model, AutoModelForSequenceClassification)
             reward_model = classifier(reward_path, "--reward-model", accelerator.device, args)
+            found = reward_model.config.num_labels, reward_model.get_input_embeddings().num_embeddings
+            if found[0] != 1 or found[1] < len(tokenizer):
+                wanted = f"expected 1 output and {len(tokenizer):,} tokens, found {found[0]} and {found[1]:,}"
+                raise UserError(f"--reward-model {reward_path}: {wanted}.")
             judges["reward"] = partial(in_batches, partial(response_scores, reward_model), batch_size=max_rows)
         if gold_fn:
             judges["gold"] = text_reward(gold_fn, "--gold-fn", tokenizer)
@@ -875,5 +890,5 @@ if __name__ == "__main__":
         hints = ["What was saved is kept: when this is mended, the same command with --resume goes on."][: code % 2]
         if isinstance(error, torch.OutOfMemoryError):
             hints += ["Less memory: --micro-batch-size, --gradient-checkpointing, --dtype bfloat16, --unfrozen-layers"]
-        print(f"{NAME}.py: {error or 'interrupted'}", *hints, sep="\n", file=sys.stderr)
+        tqdm.write("\n".join([f"{NAME}.py: {error or 'interrupted'}", *hints]), file=sys.stderr)
         sys.exit(code)

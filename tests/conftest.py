@@ -38,7 +38,8 @@ sys.path.insert(0, str(ROOT))
 NURSERY = """
 import json, os, runpy, signal, sys, traceback
 import accelerate, datasets, torch, transformers, tyro
-import torch.utils.tensorboard
+import torch.distributed.fsdp, torch.utils.tensorboard, transformers.cache_utils
+from transformers import AutoTokenizer, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
     job = json.loads(line)

@@ -188,7 +188,6 @@ def extreme_inputs(name):
     return [torch.tensor([[-1e4, 0.0, -1e4]]), torch.ones(1, 3)]
 
 
-RATIOS = {"policy/ratio_mean", "policy/ratio_max", "policy/approx_kl"}
 CASES = [(name, options) for name, (_, _, several, _) in LOSSES.items() for options in several]
 each_case = pytest.mark.parametrize("name, options", CASES, ids=[f"{name}{list(options)}" for name, options in CASES])
 each_loss = pytest.mark.parametrize("name", LOSSES)
@@ -235,13 +234,11 @@ def test_the_two_losses_of_ppo_have_no_metric_in_common():
 @each_case
 @each_dtype
 def test_extreme_inputs_give_a_finite_loss_gradient_and_metrics(name, options, dtype):
-    """Only the ratios that P3O-V2 reports may be beyond the largest number."""
     function, _, _, trained = LOSSES[name]
     inputs = [x.to(dtype) for x in extreme_inputs(name)]
     assert all(x.isfinite().all() for x in loss_and_gradients(function, inputs, options, trained))
     _, metrics = function(*inputs, *options)
-    assert not any(value.isnan() for value in metrics.values())
-    assert {key for key, value in metrics.items() if value.isinf()} <= (RATIOS if name == "p3o_v2" else set())
+    assert all(value.isfinite() for value in metrics.values())
 
 
 @pytest.mark.parametrize("name", ["online_dpo", "dpo", "ipo", "mpo", "ppo_policy", "ppo_value", "reward_model", "sft"])

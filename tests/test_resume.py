@@ -207,6 +207,15 @@ def test_a_finished_run_goes_on_to_more_updates(flags, endings, tmp_path):
     assert ending(tmp_path / "run") == endings["p3o_v2"]
 
 
+def test_a_run_killed_while_its_model_is_removed_has_not_ended(flags, undisturbed, tmp_path):
+    """A finished run that goes on to more updates; the number it had finished is still in its record."""
+    shutil.copytree(undisturbed["p3o_v2"], tmp_path / "run")
+    more = [*flags["p3o_v2"], "--resume", "--num-updates", 6]
+    code, _ = disturbed("p3o_v2", KILL, "tokenizer_config.json", 1, *more, cwd=tmp_path)
+    assert code == -signal.SIGKILL
+    refused(*flags["p3o_v2"], cwd=tmp_path, said=["has not ended", "--resume"])
+
+
 def test_a_run_beyond_the_updates_asked_for_is_refused(flags, killed):
     refused(*flags["p3o_v2"], "--resume", "--num-updates", 1, cwd=killed, said=["--num-updates 1"])
 
