@@ -29,6 +29,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
@@ -578,42 +579,46 @@ def open_run(accelerator, folder, args, **record):
     """Make the run's folder, or go on in it: `record`, with what save_checkpoint was given last; None if it has ended.
     Raises UserError, before anything is changed, where the folder, its run or its checkpoint does not fit."""
     git = subprocess.run(f"git -C '{TINY.parent}' rev-parse HEAD", shell=True, capture_output=True, text=True)
-    record |= {"format": 1, **json.loads(json.dumps({"args": asdict(args)}))}
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    file, state, taken = folder / "args.json", {}, folder.is_dir() and any(folder.iterdir())
-    last = max((folder / "checkpoint").glob("*[0-9]"), default=None)
-    choice = f"Pass --overwrite to replace it, or another --output-dir than {folder}."
+    record |= {"format": 1, **json.loads(json.dumps({"args": asdict(args)}))}
+    file, state, last = folder / "args.json", {}, max((folder / "checkpoint").glob("*[0-9]"), default=None)
+    taken = folder.is_dir() and any(path.name != "args.part" for path in folder.iterdir())
     if taken and not file.is_file():
         raise UserError(f"{folder} holds files already, and no run; pass another --output-dir.")
     if taken and not args.overwrite:
+        where, wrong = file, None
         try:
-            saved, state = json.loads(file.read_text()), torch.load(last / "state.pt") if last else {}
+            saved, where = json.loads(file.read_text()), last or file
+            state = torch.load(last / "state.pt") if last else {}
             now, *before = ({**r, **r["args"]} for r in (record, saved, state or saved))
             changed = {k: r.get(k) for r in before for k in now.keys() - FREE if r.get(k) != now[k]}
-            for name, size in state.get("files", {}).items():
-                if os.path.getsize(folder / name) < size:
-                    raise ValueError(f"{name} was cut short")
+            sizes = [(folder / name, size) for name, size in state.get("files", {}).items()]
             ended = (folder / "model").is_dir() and saved["args"]["num_updates"] == args.num_updates
-            if last and args.resume and not ended and not changed:
+            if changed:
+                wrong = f"is of a run with {', '.join(f'{k} {v!r} (now {now[k]!r})' for k, v in changed.items())}"
+            elif short := [path for path, size in sizes if not path.is_file() or path.stat().st_size < size]:
+                wrong = f"needs {short[0].name}, which is lost or was cut short"
+            elif 0 < args.num_updates < state.get("update", 0):
+                wrong = f"has made {state['update']} updates, more than --num-updates {args.num_updates}"
+            elif args.resume and last and not ended:
                 accelerator.load_state(last)
         except Exception as error:
-            raise UserError(f"{last or file} is damaged ({type(error).__name__}: {error}). {choice}") from error
-        if changed:
-            said = ", ".join(f"{key} {value!r} (now {now[key]!r})" for key, value in sorted(changed.items()))
-            raise UserError(f"{folder} holds a run with {said}. {choice}")
+            wrong = f"is damaged ({type(error).__name__}: {error})"
+        if wrong or not (ended or args.resume):
+            wrong = wrong or "is of a run that has not ended: pass --resume to go on with it"
+            raise UserError(f"{where} {wrong}. Or pass --overwrite to replace the run, or another --output-dir.")
         if ended:
             return print("ended         this run was made before (--overwrite makes it again)")
-        if not args.resume:
-            raise UserError(f"{folder} holds a run that has not ended. Pass --resume to go on with it. {choice}")
         print(f"resumed       {f'from {last}' if last else 'from the beginning, there is no checkpoint yet'}")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         try:
-            for path in folder.iterdir() if taken else ():
+            for path in list(folder.iterdir()) if taken else ():
                 if path.name in state.get("files", {}):  # files that grow are cut back to the checkpoint
                     os.truncate(path, state["files"][path.name])
-                elif not state or path.name == "model" or path.suffix == ".jsonl" or "tfevents" in path.name:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                elif path != file and (not state or re.search(r"^model|\.jsonl$|tfevents|\.gone$", path.name)):
+                    gone = path.rename(f"{path}.{time.time_ns()}.gone")  # at once: never taken for what it was
+                    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
             folder.mkdir(parents=True, exist_ok=True)
             version = {"versions": versions, "git_commit": git.stdout.strip()}
             (folder / "args.part").write_text(json.dumps(record | version, indent=1))
@@ -852,6 +857,7 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    threading.excepthook = lambda _: None  # of TensorBoard's thread, whose error the next write to it raises again
     args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         main(args)

@@ -276,7 +276,7 @@ def another_runs_checkpoint(last):
         (lambda last: cut(last / "optimizer.bin"), ["checkpoint/00000002"]),
         (lambda last: (last / "state.pt").unlink(), ["checkpoint/00000002", "state.pt"]),
         (lambda last: cut(last.parent.parent / "args.json"), ["run/args.json"]),
-        (lambda last: cut(last.parent.parent / "metrics.jsonl"), ["metrics.jsonl was cut short"]),
+        (lambda last: cut(last.parent.parent / "metrics.jsonl"), ["metrics.jsonl, which is lost or was cut short"]),
         (lambda last: (last.parent.parent / "frontier.jsonl").unlink(), ["frontier.jsonl"]),
         (lambda last: change(last / "state.pt", format=2), ["format 2 (now 1)"]),
         (another_runs_checkpoint, ["beta 0.3 (now 0.05)"]),
