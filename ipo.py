@@ -56,7 +56,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
 BELOW_1 = {"adam_betas", "label_smoothing"}
-FREE = {"args", "resume", "overwrite", "debug", "num_updates", "eval_every", "save_every"}  # may differ in a resume
+# Settings that may change when a run is resumed: what is left of it, and what changes memory and speed alone.
+FREE = "args resume overwrite debug output_dir num_updates eval_every save_every device".split()
+FREE = {*FREE, "micro_batch_size", "gradient_checkpointing"}
 
 
 def preference_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, tau):
@@ -177,7 +179,7 @@ def fetch(kind, name, flag, load):
     except Exception as error:
         error = error.__cause__ or error  # of what the datasets library wraps
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        where = "can be read from there" if Path(name).exists() else "is there, on this machine or on huggingface.co"
+        where = "can be read from there" if Path(name).exists() else "is there, nor on huggingface.co"
         raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
 
 
@@ -227,7 +229,10 @@ def load_tokenizer(name, model, args):
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
     generation = getattr(model, "generation_config", None) or model.config
     ends = (tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id)
-    return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
+    end_ids = sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
+    if not end_ids:
+        raise UserError(f"--model {name}: it names no end-of-sequence token, which ends a response.")
+    return tokenizer, end_ids
 
 
 def read_dataset(name, flag):
@@ -323,29 +328,27 @@ def text_reward(spec, flag, tokenizer):
     if not callable(function):
         raise UserError(f"{flag} {spec}: expected FILE.py:function; there is no such file or no such function in it.")
 
-    def checked(texts, answers):
-        found = function(texts, answers)
-        with suppress(TypeError, ValueError, RuntimeError):  # of what is no number
-            values = torch.tensor(list(found), dtype=torch.float32)
-            if values.shape == (len(answers),) and values.isfinite().all():
-                return values
-        raise ValueError(f"expected {len(answers)} finite numbers, found {found!s:.60}")
+    def checked(rows):
+        try:
+            found = function(*map(list, zip(*rows)))
+            with suppress(TypeError, ValueError, RuntimeError):  # of what is no number
+                values = torch.tensor(list(found), dtype=torch.float32)
+                if values.shape == (len(rows),) and values.isfinite().all():
+                    return values
+            raise ValueError(f"expected {len(rows)} finite numbers, found {found!s:.60}")
+        except (Exception, SystemExit) as error:
+            for row in rows if len(rows) > 1 else ():  # which one is it?
+                checked([row])
+            where = "" if len(rows) > 1 else ", for the prompt {!r} and response {!r}".format(*rows[0])
+            raise RunError(f"{flag} {spec}: {error!r}{where}.") from error
 
     def score(prompts, responses):
         prompts = [x for x in prompts for _ in range(len(responses) // len(prompts))]
         texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
         whole = tokenizer.batch_decode([torch.cat(row) for row in zip(prompts, responses)], skip_special_tokens=True)
-        rows, rewards = [(x, y[len(x) :]) for x, y in zip(texts, whole)], [None]
-        try:  # by one process: if it draws random numbers, all still see the same rewards
-            rewards = [checked(*map(list, zip(*rows)))] if PartialState().is_main_process else rewards
-        except (Exception, SystemExit) as error:
-            for x, y in rows:
-                try:
-                    checked([x], [y])
-                except (Exception, SystemExit) as cause:
-                    raise RunError(f"{flag} {spec}: {cause!r}, for the prompt {x!r} and response {y!r}.") from cause
-            raise RunError(f"{flag} {spec}: {error!r}.") from error
-        return broadcast_object_list(rewards)[0]
+        rows = [(x, y[len(x) :]) for x, y in zip(texts, whole)]
+        # By one process: if it draws random numbers, all still see the same rewards.
+        return broadcast_object_list([checked(rows) if PartialState().is_main_process else None])[0]
 
     return score
 
@@ -434,7 +437,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
         inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
         hidden = model.base_model(token, **inputs).last_hidden_state
     over = F.pad(torch.isin(tokens, end_ids).cumsum(1), (1, 0))[:, :T] > 0  # [N, T], what follows the end of a response
-    return [(y[:n], p[:n]) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), (T - over.sum(1)).tolist())]
+    lengths = (T - over.sum(1)).tolist()
+    return [(y[:n].clone(), p[:n].clone()) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), lengths)]
 
 
 def response_hidden(model, prompts, responses):
@@ -450,7 +454,7 @@ def response_hidden(model, prompts, responses):
     lengths = torch.tensor([[len(part) for part in row] for row in rows], device=model.device)  # [B, 1 + K]
     starts = lengths.cumsum(1) - lengths
     column, t = (torch.arange(n, device=model.device) for n in (input_ids.shape[1], lengths[:, 1:].max() + 1))
-    if K > 1:
+    if K > 1:  # x of 3 tokens, y_1 and y_2 of 2: row x x x a a b b, part 0 0 0 1 1 2 2, positions 0 1 2 3 4 3 4
         part = (column[:, None] >= starts[:, None, 1:]).sum(2)  # [B, L]: 0 in x, k in y_k
         mask = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # [B, query, key]
         shift = (starts - lengths[:, :1]).clamp(min=0).gather(1, part)
@@ -468,7 +472,8 @@ def response_logprobs(model, prompts, responses, temperature, hidden=None):
     hidden = torch.cat([states[: len(y)] for states, y in zip(hidden, responses)]).float()  # [n, D], of response tokens
     tokens, nll = torch.cat(responses).to(hidden.device), partial(F.cross_entropy, reduction="none")
     logits = head if temperature == 1 else lambda h: head(h) / temperature
-    # Logits of many tokens would fill the memory: from 5 parts on, each is made again in the backward pass.
+    # Logits of many tokens would fill the memory: 7 million are a part (2^25 on a GPU), and where there are 5 or more,
+    # each part is made again in the backward pass.
     count = len(tokens) * len(head.weight) // (2**25 if hidden.is_cuda else 7_000_000) + 1
     if count < 5 and torch.is_grad_enabled():
         losses = [nll(logits(hidden), tokens)]
@@ -498,17 +503,17 @@ def response_scores(reward_model, prompts, responses):
 
 @torch.no_grad()
 def in_batches(function, prompts, responses, batch_size=0):
-    """function(prompts, responses) -> a result for each response, without gradient, in batches of like length (0: one a
-    process) shared out among the processes. All get all results, in order, on the CPU; tensors as one, [N, …]."""
-    K, N, state = len(responses) // len(prompts), len(responses), PartialState()
+    """function(prompts, responses) -> a result for each response, in batches of like length shared out among processes,
+    without gradient. Every process returns all results, in the order of responses, on the CPU; tensors as one, [N, …],
+    padded with 0. batch_size: responses a call; 0 splits them evenly over the processes."""
+    K, N, state, found = len(responses) // len(prompts), len(responses), PartialState(), []
     lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
-    batches, rows = lengths.argsort().split(max(1, (batch_size or math.ceil(N / state.num_processes)) // K)), [None] * N
+    batches = lengths.argsort().split(max(1, (batch_size or math.ceil(N / state.num_processes)) // K))
     for batch in batches[state.process_index :: state.num_processes]:
-        indices = [K * b + k for b in batch for k in range(K)]
+        indices = [K * b + k for b in batch.tolist() for k in range(K)]
         results = function([prompts[b] for b in batch], [responses[i] for i in indices])
-        for i, row in zip(indices, results.cpu() if torch.is_tensor(results) else results):
-            rows[i] = row
-    rows = [next(row for row in of_all if row is not None) for of_all in zip(*gather_object([rows]))]
+        found += zip(indices, [row.clone() for row in results.cpu()] if torch.is_tensor(results) else results)
+    rows = [row for _, row in sorted(gather_object(found), key=lambda pair: pair[0])]
     if torch.is_tensor(rows[0]):
         return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
     return rows
@@ -545,7 +550,8 @@ class Trained(torch.nn.Module):
 
 @contextmanager
 def whole(trained):
-    """All weights in every process for forwards outside of training; only FSDP, whose hooks rest, has them in parts."""
+    """Every process holds all weights, for forwards of the model outside of training: FSDP has them in parts, gathered
+    by hooks of its own forward, which are off meanwhile. Without FSDP it does nothing."""
     parts = [part for part in trained.modules() if isinstance(part, FSDPModule)]
     hooks = [hooks for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
     kept = [dict(found) for found in hooks]
@@ -597,7 +603,7 @@ def open_run(accelerator, folder, args, **record):
                 wrong = f"is of a run with {', '.join(f'{k} {v!r} (now {now[k]!r})' for k, v in changed.items())}"
             elif short := [path for path, size in sizes if not path.is_file() or path.stat().st_size < size]:
                 wrong = f"needs {short[0].name}, which is lost or was cut short"
-            elif 0 < args.num_updates < state.get("update", 0):
+            elif args.num_updates < state.get("update", 0) and (args.num_updates or "prompts_per_update" in now):
                 wrong = f"has made {state['update']} updates, more than --num-updates {args.num_updates}"
             elif args.resume and last and not ended:
                 accelerator.load_state(last)
@@ -615,7 +621,9 @@ def open_run(accelerator, folder, args, **record):
             for path in list(folder.iterdir()) if taken else ():
                 if path.name in state.get("files", {}):  # files that grow are cut back to the checkpoint
                     os.truncate(path, state["files"][path.name])
-                elif path != file and (not state or re.search(r"^model|\.jsonl$|tfevents|\.gone$", path.name)):
+                elif re.search(
+                    r"^model|\.jsonl$|tfevents|\.gone$" + "|^checkpoint|^bad_batch" * (not state), path.name
+                ):
                     gone = path.rename(f"{path}.{time.time_ns()}.gone")  # at once: never taken for what it was
                     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
             folder.mkdir(parents=True, exist_ok=True)
@@ -660,9 +668,9 @@ def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs
                 weights = {name[6:]: weight.float() for name, weight in weights.items() if name[:6] == "model."}
                 inner.model.save_pretrained(part, state_dict=weights)
                 tokenizer.save_pretrained(part)
+                found = inner(*inputs, model=load_model(auto_class, part, "--output-dir", inner.model.device, args))
             except Exception as error:
                 raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
-            found = inner(*inputs, model=load_model(auto_class, part, "--output-dir", inner.model.device, args))
             if not (found - expected).abs().max() <= 1e-5 * expected.abs().max():
                 raise RunError(f"{part}, loaded again, computes other numbers: {found} instead of {expected}.")
             part.rename(folder / "model")
@@ -698,7 +706,8 @@ def main(args):
         raise UserError(f"--model {policy_path}: its tokenizer has no end-of-sequence token, which ends a response.")
     reward_path = args.reward_fn or args.reward_model or find_stage("reward_model", args.model, args.dataset)
     gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
-    print(f"policy        {policy_path} (for --model {args.model}); the reference is the same, frozen")
+    found = "no SFT run for it" if policy_path == args.model else f"for --model {args.model}"
+    print(f"policy        {policy_path} ({found}); the reference is the same, frozen")
     print(f"reward        {reward_path or 'none, nothing is sampled'}, for evaluation (--reward-model, --reward-fn)")
     print(f"dataset       {args.dataset} (--dataset changes it)")
     limits = (args.max_prompt_tokens, args.max_response_tokens, args.truncate_prompts)
@@ -720,8 +729,8 @@ def main(args):
             classifier = partial(load_model, AutoModelForSequenceClassification)
             reward_model = classifier(reward_path, "--reward-model", accelerator.device, args)
             found = reward_model.config.num_labels, reward_model.get_input_embeddings().num_embeddings
-            if found[0] != 1 or found[1] < len(tokenizer):
-                wanted = f"expected 1 output and {len(tokenizer):,} tokens, found {found[0]} and {found[1]:,}"
+            if found[0] != 1 or found[1] < len(tokenizer) or not hasattr(reward_model, "score"):
+                wanted = f"expected a score and {len(tokenizer):,} tokens, found {found[0]} outputs and {found[1]:,}"
                 raise UserError(f"--reward-model {reward_path}: {wanted}.")
             judges["reward"] = partial(in_batches, partial(response_scores, reward_model), batch_size=max_rows)
         if gold_fn:
@@ -779,7 +788,7 @@ def main(args):
     scheduler.load_state_dict(run.get("scheduler", scheduler.state_dict()))
     processes, rank, caught = accelerator.num_processes, accelerator.process_index, []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: caught.append(number))
+        signal.signal(number, lambda n, at: signal.default_int_handler(n, at) if len(caught) > 1 else caught.append(n))
     progress = tqdm(total=num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
     for update in range(start, num_updates + 1):
         # 0. Every so often save what a resume needs, and evaluate on held-out pairs and prompts.
@@ -824,7 +833,7 @@ def main(args):
         micros = [*own, minibatch[:1]][: math.ceil(len(shares[0]) / size)]  # as many in all processes, for FSDP
         stats, all_logps = Counter(), []
         for micro in micros:
-            accelerator.sync_gradients = micro is micros[-1]
+            accelerator.sync_gradients = micro is micros[-1]  # gradients cross processes once, with the last
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
                 inputs = [prompts[i] for i in micro], [responses[2 * i + k] for i in micro for k in (0, 1)]
                 logps = sums(trained(*inputs, args.temperature), inputs[1])  # [n, 2]: chosen, rejected
@@ -872,7 +881,9 @@ if __name__ == "__main__":
         if args.debug:
             raise
         code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-        hints = ["What was saved is kept: when this is mended, the same command with --resume goes on."][: code % 2]
+        hints = []
+        if code == 1:
+            hints += ["What was saved is kept: when this is mended, the same command with --resume goes on."]
         if isinstance(error, torch.OutOfMemoryError):
             hints += ["Less memory: --micro-batch-size, --gradient-checkpointing, --dtype bfloat16, --unfrozen-layers"]
         tqdm.write("\n".join([f"{NAME}.py: {error or 'interrupted'}", *hints]), file=sys.stderr)

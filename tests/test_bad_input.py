@@ -307,7 +307,11 @@ REFUSED = [
     ("p3o_v2", "--reward-model no/such-model", "--reward-model no/such-model: no model is there"),
     ("p3o_v2", "--reward-model in/cut_short", "--reward-model in/cut_short: no model can be read from there"),
     ("p3o_v2", f"--reward-model {ROOT}/tiny/sft", "tiny/sft: it is no ModelForSequenceClassification, it lacks"),
-    ("p3o_v2", "--reward-model in/two_outputs", "in/two_outputs: expected 1 output and 768 tokens, found 2 and 768"),
+    (
+        "p3o_v2",
+        "--reward-model in/two_outputs",
+        "expected a score and 768 tokens, found 2 outputs and 768",
+    ),
     ("p3o_v2", "--reward-model in/small_vocabulary", re.compile("--reward-model in/small_vocabulary: .*99")),
     ("p3o_v2", "--model in/scorer", "no reward: run reward_model.py on this dataset"),
     # reward functions
@@ -403,7 +407,7 @@ HANDLED = [
     ("p3o_v2", "--dataset in/few.jsonl", "different held-out prompts"),
     *[(s, f"--model in/{name}", f"(from --model in/{name})") for s in ["sft"] for name in ("no_pad", "padded")],
     *[("reward_model", f"--model in/{name}", "no SFT run") for name in ("no_pad", "padded")],
-    ("p3o_v2", f"--model in/no_pad {TINY_REWARD}", "in/no_pad (for --model in/no_pad)"),
+    ("p3o_v2", f"--model in/no_pad {TINY_REWARD}", "in/no_pad (no SFT run for it)"),
     (
         "p3o_v2",
         "--model in/padded --reward-fn in/rewards.py:fine",
