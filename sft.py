@@ -477,6 +477,8 @@ def open_run(accelerator, folder, args, **record):
                 wrong = f"needs {short[0].name}, which is lost or was cut short"
             elif args.num_updates < state.get("update", 0) and (args.num_updates or "prompts_per_update" in now):
                 wrong = f"has made {state['update']} updates, more than --num-updates {args.num_updates}"
+            elif not last and not ended and (folder / "model").is_dir():
+                wrong = "is of a run with a model and no checkpoint to go on from"
             elif args.resume and last and not ended:
                 accelerator.load_state(last)
         except Exception as error:
@@ -522,10 +524,10 @@ def save_checkpoint(accelerator, folder, writer, state):
         if main:
             part.rename(new)
             for other in {*new.parent.iterdir()} - {new}:
-                shutil.rmtree(other)
+                shutil.rmtree(other, ignore_errors=True)
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise RunError(f"{new} could not be written ({type(error).__name__}: {error}).") from error
+        raise RunError(f"{new} could not be written; is the disk full? ({type(error).__name__}: {error})") from error
 
 
 def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs):

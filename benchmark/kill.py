@@ -71,14 +71,15 @@ def kill_once(script, updates, folder, draw, in_save):
     before = record.stat().st_mtime_ns if record.exists() else 0
     process = start(script, updates, folder, "--resume")
     wait_until(lambda: record.exists() and record.stat().st_mtime_ns != before, process)  # the run is opened
-    first, opened = updates_logged(run), time.monotonic()
-    rows = draw.choice((2, 3))
+    first, rows = updates_logged(run), draw.choice((2, 3))
+    wait_until(lambda: updates_logged(run) > first, process)
+    began = time.monotonic()
     wait_until(lambda: updates_logged(run) >= first + rows, process)
     if in_save:
         wait_until(lambda: list(saves.glob("*.part")), process)
         time.sleep(draw.uniform(0, 0.01))
     else:
-        time.sleep(draw.uniform(0, (time.monotonic() - opened) / rows))
+        time.sleep(draw.uniform(0, (time.monotonic() - began) / (rows - 1)))
     process.kill()
     if process.wait() >= 0:
         return None
