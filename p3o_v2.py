@@ -5,11 +5,11 @@ the difference of their rewards. What is added to all rewards of a prompt cancel
 
 Objective    max_θ  E[ r(x, y) ] − β KL( π_θ ‖ π_ref )            x ~ prompts, y ~ π_θ(·|x)
 
-Pairwise policy gradient, two samples y_1, y_2 ~ π_old(·|x):
+Pairwise policy gradient, two samples y_1, y_2 ~ π_old(·|x); sg[…] passes no gradient:
     h_i = log π_θ(y_i) − log π_ref(y_i)                            log-ratio to the reference (SFT) policy
-    q   = sg[ (r_1 − r_2) − β (h_1 − h_2) ]                        signal: rewards r (centred, scaled) less KL penalty
+    q   = sg[ (r_1 − r_2) − β (h_1 − h_2) ]                        signal: rewards r, centred and scaled, less KL
     ρ_i = π_θ(y_i) / π_old(y_i)                                    sequence-level importance ratio
-    w   = sg[ clip(ρ_1 ρ_2, 1/R, R) ]                              importance weight of the pair; sg: no gradient
+    w   = sg[ clip(ρ_1 ρ_2, 1/R, R) ]                              importance weight of the pair
     Δ   = log ρ_1 − log ρ_2
     L   = ½ · mean over prompts of  max( −q w Δ,  −q w clip(Δ, −ε, ε) )        (V2: one clip for the pair, jointly)
 
@@ -582,13 +582,12 @@ def open_run(accelerator, folder, args, **record):
         print(f"resumed       {f'from {last}' if last else 'from the beginning, there is no checkpoint yet'}")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        ours = r"^model|\.jsonl$|tfevents|\.gone$" + ("" if state else "|^checkpoint|^bad_batch")
         try:
             for path in list(folder.iterdir()) if taken else ():
                 if path.name in state.get("files", {}):  # files that grow are cut back to the checkpoint
                     os.truncate(path, state["files"][path.name])
-                elif re.search(
-                    r"^model|\.jsonl$|tfevents|\.gone$" + "|^checkpoint|^bad_batch" * (not state), path.name
-                ):
+                elif re.search(ours, path.name):
                     gone = path.rename(f"{path}.{time.time_ns()}.gone")  # at once: never taken for what it was
                     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
             folder.mkdir(parents=True, exist_ok=True)

@@ -491,13 +491,12 @@ def open_run(accelerator, folder, args, **record):
         print(f"resumed       {f'from {last}' if last else 'from the beginning, there is no checkpoint yet'}")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        ours = r"^model|\.jsonl$|tfevents|\.gone$" + ("" if state else "|^checkpoint|^bad_batch")
         try:
             for path in list(folder.iterdir()) if taken else ():
                 if path.name in state.get("files", {}):  # files that grow are cut back to the checkpoint
                     os.truncate(path, state["files"][path.name])
-                elif re.search(
-                    r"^model|\.jsonl$|tfevents|\.gone$" + "|^checkpoint|^bad_batch" * (not state), path.name
-                ):
+                elif re.search(ours, path.name):
                     gone = path.rename(f"{path}.{time.time_ns()}.gone")  # at once: never taken for what it was
                     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
             folder.mkdir(parents=True, exist_ok=True)
