@@ -10,7 +10,7 @@ Loss, over pairs (y_w, y_l) and both actions a, 1: y_w is better, 0: y_l is bett
     z     = log π_θ(y_w) − log π_θ(y_l)          p_1 = σ(z),  p_0 = σ(−z);     p_ref from π_ref the same way
     L     = mean  [ −I_a p_a + β p_a log(p_a / p_ref,a) ]  −  τ · mean over D_ref of log π_θ(y)        I_1 = 1, I_0 = 0
 
-D_ref: --ref-samples-per-prompt responses of π_ref to every training prompt, made once and kept in runs/cache, as is
+D_ref: --ref-samples-per-prompt responses of π_ref to the prompt of every pair, made once and kept in runs/cache, as is
 log π_ref of the pairs. Sums over a response differ by tens of nats, so that σ saturates (policy/saturated_frac);
 --average-logprobs takes means over tokens instead.
 
@@ -22,6 +22,7 @@ Shapes: n pairs, N = 2n responses, T response tokens, V vocabulary, D hidden siz
     python mpo.py --model FOLDER --dataset FILE.jsonl                 your own: columns prompt, chosen, rejected
 """
 
+import gc
 import hashlib
 import json
 import math
@@ -106,7 +107,7 @@ class Args:
     truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
     # Sizes
-    data_epochs: int = 1  # passes over the training data
+    data_epochs: int = 0  # passes over the training data (0: the script's choice, see `epochs` in main)
     num_updates: int = 0  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
     minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
@@ -128,7 +129,7 @@ class Args:
     beta: float = 0.1  # coefficient of the KL penalty
     tau: float = 0.01  # τ, the weight of what keeps the policy at the reference
     ref_samples_per_prompt: int = 1  # responses of the reference to a training prompt
-    average_logprobs: bool = False  # log-probabilities of a response are means over its tokens, not sums
+    average_logprobs: bool = False  # of a pair's responses are means over tokens, not sums
 
 
 class UserError(Exception):
@@ -142,7 +143,7 @@ class RunError(Exception):
 # ------------------------------------------------------------------------------------------------ set up, find and load
 def set_up(args):
     """The accelerator: one device, or one a process. Raises UserError for a number out of range, before all else."""
-    at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs data_epochs ratio_bound"
+    at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs ratio_bound"
     at_least_1 += " max_prompt_tokens max_response_tokens ref_samples_per_prompt"
     lowest = dict.fromkeys(at_least_1.split(), 1)
     lowest |= {"eval_prompts": 2, "temperature": 0.001}
@@ -154,9 +155,10 @@ def set_up(args):
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts = args.minibatch_size, getattr(args, "prompts_per_update", args.minibatch_size)
-    if prompts % size or size % accelerator.num_processes:
-        given = f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}, and that"
-        raise UserError(f"{given} of the number of processes, {accelerator.num_processes}.")
+    if prompts % size:
+        raise UserError(f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}.")
+    if size % accelerator.num_processes:
+        raise UserError(f"--minibatch-size {size}: expected a multiple of the {accelerator.num_processes} processes.")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != "FSDP":
@@ -280,7 +282,7 @@ def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_token
     dialogues that share all up to the last "\n\nAssistant:", as in HH. Without held-out data a tenth of the prompts (at
     most 1,000) is held out. Prompt and response are tokenised apart, as sampling sees them. Raises UserError."""
     parts, keys, counts = read_dataset(dataset, "--dataset")[:2], ("prompt", *columns), (Counter(), Counter())
-    forms = [{*keys}, {"chosen", "rejected"}] + [{"prompt", "chosen"}] * ("rejected" not in columns)
+    seen, forms = {""}, [{*keys}, {"chosen", "rejected"}] + [{"prompt", "chosen"}] * ("rejected" not in columns)
     for i, part in enumerate(parts):
         found, rows = {*part[0]} if part else set(), []
         if not any(form <= found for form in forms):
@@ -292,10 +294,12 @@ def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_token
                     raise UserError(f"--dataset {dataset}: row {number}: expected text in {key}; found {text!r:.60}.")
             if "prompt" not in found:
                 at = row["chosen"].rfind("\n\nAssistant:") + 12
+                seen.add(row["chosen"][:at] if at > 11 else "")
                 if at == 11 or row["chosen"][:at] != row["rejected"][:at]:
                     counts[i]["dropped: chosen and rejected have no prompt in common"] += 1
                     continue
                 row = {"prompt": row["chosen"][:at], "chosen": row["chosen"][at:], "rejected": row["rejected"][at:]}
+            seen.add(row["prompt"])
             row = {key: row.get(key, row.get("chosen")) for key in keys}
             if not all(map(str.strip, row.values())):
                 counts[i]["dropped: empty prompt or response"] += 1
@@ -305,9 +309,8 @@ def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_token
                 rows.append(row)
         parts[i] = rows
     if len(parts) == 1:
-        prompts = list(dict.fromkeys(row["prompt"] for row in parts[0]))
-        shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
-        held = {prompts[i] for i in shuffled[: min(max(len(prompts) // 10, 2), 1000)]}
+        prompts = sorted(seen - {""}, key=lambda x: hashlib.sha256(x.encode()).digest())  # the same in every script
+        held = {*prompts[: min(max(len(prompts) // 10, 2), 1000)]}
         parts = [[row for row in parts[0] if (row["prompt"] in held) == out] for out in (False, True)]
     for i, name in enumerate(("train", "held-out")):
         texts, rows = [[row[key] for row in parts[i]] for key in keys], []
@@ -391,7 +394,7 @@ def fingerprint(tensors):
     """A short text that changes with any bit of these tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(str(tensor.shape).encode() + data.tobytes())
     return digest.hexdigest()[:16]
 
@@ -608,7 +611,8 @@ def open_run(accelerator, folder, args, **record):
             saved, where = json.loads(file.read_text()), last or file
             state = torch.load(last / "state.pt") if last else {}
             now, *before = ({**r, **r["args"]} for r in (record, saved, state or saved))
-            changed = {k: r.get(k) for r in before for k in now.keys() - FREE if r.get(k) != now[k]}
+            free = FREE - ({"num_updates"} if now.get("lr_schedule", "constant") != "constant" else set())
+            changed = {k: r.get(k) for r in before for k in now.keys() - free if r.get(k) != now[k]}
             sizes = [(folder / name, size) for name, size in state.get("files", {}).items()]
             ended = (folder / "model").is_dir() and saved["args"]["num_updates"] == args.num_updates
             if changed:
@@ -729,7 +733,7 @@ def main(args):
     eval_rows, eval_prompts = eval_rows[: args.eval_prompts], eval_prompts[: args.eval_prompts]
     eval_pairs = [row["prompt"] for row in eval_rows], [row[y] for row in eval_rows for y in ("chosen", "rejected")]
 
-    # ------------------------------------------------------------------------- reference: once, then for evaluations
+    # ------------------------------------------------------------------------- reference, reward
     def load_judges():
         """The reference and the functions that score responses, in memory only while they are needed."""
         reference = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args)
@@ -748,14 +752,13 @@ def main(args):
             judges["gold"] = text_reward(gold_fn, "--gold-fn", tokenizer)
         return reference, judges
 
-    def sums(logprobs, responses):
-        """log π(y) of responses, [N], or their means over the tokens."""
-        count = torch.tensor([len(y) if args.average_logprobs else 1 for y in responses], device=logprobs.device)
-        return logprobs.double().sum(1) / count
+    def counts_of(responses):
+        """By what log π(y) of pairs are divided, [n, 2]: their tokens with --average-logprobs, else 1."""
+        return torch.tensor([len(y) if args.average_logprobs else 1 for y in responses]).view(-1, 2)
 
     def logps_of(model, *inputs):
         logprobs = in_batches(partial(response_logprobs, model, temperature=args.temperature), *inputs, max_rows)
-        return sums(logprobs, inputs[1]).view(-1, 2)
+        return logprobs.double().sum(1).view(-1, 2)  # [n, 2]
 
     def make_store():
         noise = torch.Generator().manual_seed(args.seed)
@@ -767,25 +770,11 @@ def main(args):
 
     max_rows, T, S = args.micro_batch_size, args.max_response_tokens, args.ref_samples_per_prompt
     reference, judges = load_judges()
-    inputs = {"reference": fingerprint(reference.parameters()), "dtype": args.dtype, "temperature": args.temperature}
-    inputs |= {"average_logprobs": args.average_logprobs, "seed": args.seed, "end_ids": end_ids}
-    inputs |= {"ref_samples_per_prompt": args.ref_samples_per_prompt, "max_response_tokens": T}
-    inputs |= {"rows": fingerprint([*prompts, *responses]), "eval_rows": fingerprint([*eval_pairs[0], *eval_pairs[1]])}
-    store = stored(accelerator, make_store, kind="samples and log-probabilities of pairs", **inputs)
-    ref_logps, eval_ref_logps, samples, counts = store.values()
-    samples, K = samples.split(counts.tolist()), 2 + S  # responses to a prompt: chosen, rejected, S of the reference
-    responses = [y for i in range(len(prompts)) for y in (*responses[2 * i : 2 * i + 2], *samples[S * i : S * i + S])]
-    noise = torch.Generator().manual_seed(args.seed)
-    sft_noise, eval_noise = torch.rand(2, len(eval_prompts), T, dtype=torch.float64, generator=noise)
-    sample = partial(sample_responses, reference, temperature=args.temperature, end_ids=end_ids)
-    if "reward" in judges:
-        sft_responses = [y for y, _ in in_batches(sample, eval_prompts, sft_noise)]
-        sft_rewards = judges["reward"](eval_prompts, sft_responses)
-    del reference, judges, sample, store
 
     # ------------------------------------------------------------------------- optimiser, run folder
     per_epoch = math.ceil(len(rows) / args.minibatch_size)
-    num_updates = min(args.num_updates or math.inf, args.data_epochs * per_epoch)
+    epochs = args.data_epochs or 1
+    num_updates = min(args.num_updates or math.inf, epochs * per_epoch)
     lr = args.learning_rate or (1e-4 if args.model == "tiny" else 1e-6)
     weights, options = policy.parameters(), {"weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(weights, lr, args.adam_betas, **options)
@@ -799,6 +788,27 @@ def main(args):
         return json.loads((folder / "frontier.jsonl").read_text().splitlines()[-1])
     writer = SummaryWriter(folder) if accelerator.is_main_process else None
     order = torch.Generator().manual_seed(args.seed)
+
+    # ------------------------------------------------------------------------- what the reference says, once
+    config = {k: v for k, v in json.loads(reference.config.to_json_string()).items() if k != "_name_or_path"}
+    inputs = {"reference": fingerprint(reference.state_dict().values()), "config": config, "format": 1}
+    inputs |= {"device": policy.device.type, "dtype": args.dtype, "temperature": args.temperature}
+    inputs |= {"seed": args.seed, "end_ids": end_ids}
+    inputs |= {"ref_samples_per_prompt": args.ref_samples_per_prompt, "max_response_tokens": T}
+    inputs |= {"rows": fingerprint([*prompts, *responses]), "eval_rows": fingerprint([*eval_pairs[0], *eval_pairs[1]])}
+    store = stored(accelerator, make_store, kind="samples and log-probabilities of pairs", **inputs)
+    counts, eval_counts = counts_of(responses), counts_of(eval_pairs[1])
+    ref_logps, eval_ref_logps = store["train"] / counts, store["eval"] / eval_counts
+    samples, K = store["samples"].split(store["lengths"].tolist()), 2 + S  # of a prompt: chosen, rejected, S samples
+    responses = [y for i in range(len(prompts)) for y in (*responses[2 * i : 2 * i + 2], *samples[S * i : S * i + S])]
+    noise = torch.Generator().manual_seed(args.seed)
+    sft_noise, eval_noise = torch.rand(2, len(eval_prompts), T, dtype=torch.float64, generator=noise)
+    sample = partial(sample_responses, reference, temperature=args.temperature, end_ids=end_ids)
+    if "reward" in judges:
+        sft_responses = [y for y, _ in in_batches(sample, eval_prompts, sft_noise)]
+        sft_rewards = judges["reward"](eval_prompts, sft_responses)
+    del reference, judges, sample, store
+    gc.collect()
 
     # ------------------------------------------------------------------------- training
     lengths = torch.tensor([len(x) + sum(map(len, responses[K * i : K * i + K])) for i, x in enumerate(prompts)])
@@ -821,16 +831,20 @@ def main(args):
             sys.exit(128 + stop[0])
         if update in (0, num_updates) or args.eval_every and update % args.eval_every == 0:
             with whole(trained):
-                logps = logps_of(policy, *eval_pairs)
+                logps = logps_of(policy, *eval_pairs) / eval_counts
             _, metrics = preference_loss(*logps.T, *eval_ref_logps.T, logps.new_zeros(1), *options)  # without D_ref
             metrics.pop("logps/ref_samples")
             point = {key: value.item() for key, value in metrics.items()}
             if reward_path:
-                reference, judges = load_judges()
+                try:
+                    reference, judges = load_judges()
+                except UserError as error:  # the run has begun
+                    raise RunError(str(error)) from error
                 evaluation = (eval_prompts, eval_noise, judges, sft_rewards, args.temperature, end_ids, max_rows)
                 with whole(trained):
                     frontier, y, rewards = evaluate(policy, reference, *evaluation)
                 del reference, judges, evaluation
+                gc.collect()  # autocast's wrapper makes a model a cycle
                 point = frontier | point
                 columns = {"prompts": eval_prompts, "sft_responses": sft_responses, "responses": y}
                 texts = {key: tokenizer.batch_decode(ids, skip_special_tokens=True) for key, ids in columns.items()}
@@ -857,9 +871,9 @@ def main(args):
             accelerator.sync_gradients = micro is micros[-1]  # gradients cross processes once, with the last
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
                 inputs = [prompts[i] for i in micro], [y for i in micro for y in responses[K * i : K * i + K]]
-                logps = sums(trained(*inputs, args.temperature), inputs[1]).view(-1, K)  # chosen, rejected, samples
-                given = ref_logps[micro].to(logps.device).T
-                loss, metrics = preference_loss(*logps[:, :2].T, *given, logps[:, 2:], *options)
+                logps = trained(*inputs, args.temperature).double().sum(1).view(-1, K)  # chosen, rejected, samples
+                pair_logps, given = logps[:, :2] / counts[micro].to(logps.device), ref_logps[micro].to(logps.device)
+                loss, metrics = preference_loss(*pair_logps.T, *given.T, logps[:, 2:], *options)
                 # The loss is a mean over the whole minibatch; a row that only makes up the number does not count.
                 share = len(micro) / len(minibatch) * (len(all_logps) < len(own))
                 accelerator.backward(loss * share * processes)  # gradients: mean over the processes

@@ -22,6 +22,7 @@ per token, `logprobs`, `values`, …, is [N, T] with a mask.
     python ppo.py --model FOLDER --dataset FILE.jsonl --reward-fn my_reward.py:f
 """
 
+import hashlib
 import json
 import math
 import os
@@ -166,7 +167,7 @@ class RunError(Exception):
 # ----------------------------------------------------------------------------------------------- set up, find and load
 def set_up(args):
     """The accelerator: one device, or one a process. Raises UserError for a number out of range, before all else."""
-    at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs data_epochs ratio_bound"
+    at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs ratio_bound"
     at_least_1 += " max_prompt_tokens max_response_tokens ref_samples_per_prompt"
     lowest = dict.fromkeys(at_least_1.split(), 1)
     lowest |= {"eval_prompts": 2, "temperature": 0.001}
@@ -178,9 +179,10 @@ def set_up(args):
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts = args.minibatch_size, getattr(args, "prompts_per_update", args.minibatch_size)
-    if prompts % size or size % accelerator.num_processes:
-        given = f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}, and that"
-        raise UserError(f"{given} of the number of processes, {accelerator.num_processes}.")
+    if prompts % size:
+        raise UserError(f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}.")
+    if size % accelerator.num_processes:
+        raise UserError(f"--minibatch-size {size}: expected a multiple of the {accelerator.num_processes} processes.")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != "FSDP":
@@ -312,7 +314,7 @@ def load_prompts(tokenizer, dataset, max_prompt_tokens, truncate):
         if "" in texts:
             print(f"{'':14}{texts.count(''):,} rows without a prompt, dropped")
     if len(parts) == 1:
-        shuffled = [parts[0][i] for i in torch.randperm(len(parts[0]), generator=torch.Generator().manual_seed(0))]
+        shuffled = sorted(parts[0], key=lambda x: hashlib.sha256(x.encode()).digest())  # the same in every script
         cut = min(max(len(shuffled) // 10, 2), 1000)
         parts = [shuffled[cut:], shuffled[:cut]]
     for i, name in enumerate(("train", "held-out")):
@@ -601,7 +603,8 @@ def open_run(accelerator, folder, args, **record):
             saved, where = json.loads(file.read_text()), last or file
             state = torch.load(last / "state.pt") if last else {}
             now, *before = ({**r, **r["args"]} for r in (record, saved, state or saved))
-            changed = {k: r.get(k) for r in before for k in now.keys() - FREE if r.get(k) != now[k]}
+            free = FREE - ({"num_updates"} if now.get("lr_schedule", "constant") != "constant" else set())
+            changed = {k: r.get(k) for r in before for k in now.keys() - free if r.get(k) != now[k]}
             sizes = [(folder / name, size) for name, size in state.get("files", {}).items()]
             ended = (folder / "model").is_dir() and saved["args"]["num_updates"] == args.num_updates
             if changed:
@@ -726,6 +729,7 @@ def main(args):
             raise UserError(f"--reward-model {reward_path}: {wanted}.")
         score = partial(in_batches, partial(response_scores, reward_model), batch_size=args.micro_batch_size)
     shape = [getattr(policy.config, key, None) for key in SHAPE]
+    torch.manual_seed(args.seed)  # of a new head
     if args.share_trunk:
         value_path = "0, as a head on the policy's trunk"
         value_model = torch.nn.Linear(policy.config.hidden_size, 1, bias=False, device=accelerator.device)

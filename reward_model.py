@@ -14,6 +14,7 @@ Shapes: N rows, T response tokens, D hidden size. Prompts and responses are list
     python reward_model.py --model FOLDER --dataset FILE.jsonl                 your own: prompt, chosen, rejected
 """
 
+import hashlib
 import json
 import math
 import os
@@ -81,7 +82,7 @@ class Args:
     truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
     # Sizes
-    data_epochs: int = 1  # passes over the training data
+    data_epochs: int = 0  # passes over the training data (0: the script's choice, see `epochs` in main)
     num_updates: int = 0  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
     minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
@@ -111,7 +112,7 @@ class RunError(Exception):
 # ----------------------------------------------------------------------------------------------- set up, find and load
 def set_up(args):
     """The accelerator: one device, or one a process. Raises UserError for a number out of range, before all else."""
-    at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs data_epochs ratio_bound"
+    at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs ratio_bound"
     at_least_1 += " max_prompt_tokens max_response_tokens ref_samples_per_prompt"
     lowest = dict.fromkeys(at_least_1.split(), 1)
     lowest |= {"eval_prompts": 2, "temperature": 0.001}
@@ -123,9 +124,10 @@ def set_up(args):
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts = args.minibatch_size, getattr(args, "prompts_per_update", args.minibatch_size)
-    if prompts % size or size % accelerator.num_processes:
-        given = f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}, and that"
-        raise UserError(f"{given} of the number of processes, {accelerator.num_processes}.")
+    if prompts % size:
+        raise UserError(f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}.")
+    if size % accelerator.num_processes:
+        raise UserError(f"--minibatch-size {size}: expected a multiple of the {accelerator.num_processes} processes.")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != "FSDP":
@@ -249,7 +251,7 @@ def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_token
     dialogues that share all up to the last "\n\nAssistant:", as in HH. Without held-out data a tenth of the prompts (at
     most 1,000) is held out. Prompt and response are tokenised apart, as sampling sees them. Raises UserError."""
     parts, keys, counts = read_dataset(dataset, "--dataset")[:2], ("prompt", *columns), (Counter(), Counter())
-    forms = [{*keys}, {"chosen", "rejected"}] + [{"prompt", "chosen"}] * ("rejected" not in columns)
+    seen, forms = {""}, [{*keys}, {"chosen", "rejected"}] + [{"prompt", "chosen"}] * ("rejected" not in columns)
     for i, part in enumerate(parts):
         found, rows = {*part[0]} if part else set(), []
         if not any(form <= found for form in forms):
@@ -261,10 +263,12 @@ def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_token
                     raise UserError(f"--dataset {dataset}: row {number}: expected text in {key}; found {text!r:.60}.")
             if "prompt" not in found:
                 at = row["chosen"].rfind("\n\nAssistant:") + 12
+                seen.add(row["chosen"][:at] if at > 11 else "")
                 if at == 11 or row["chosen"][:at] != row["rejected"][:at]:
                     counts[i]["dropped: chosen and rejected have no prompt in common"] += 1
                     continue
                 row = {"prompt": row["chosen"][:at], "chosen": row["chosen"][at:], "rejected": row["rejected"][at:]}
+            seen.add(row["prompt"])
             row = {key: row.get(key, row.get("chosen")) for key in keys}
             if not all(map(str.strip, row.values())):
                 counts[i]["dropped: empty prompt or response"] += 1
@@ -274,9 +278,8 @@ def load_rows(tokenizer, dataset, columns, max_prompt_tokens, max_response_token
                 rows.append(row)
         parts[i] = rows
     if len(parts) == 1:
-        prompts = list(dict.fromkeys(row["prompt"] for row in parts[0]))
-        shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
-        held = {prompts[i] for i in shuffled[: min(max(len(prompts) // 10, 2), 1000)]}
+        prompts = sorted(seen - {""}, key=lambda x: hashlib.sha256(x.encode()).digest())  # the same in every script
+        held = {*prompts[: min(max(len(prompts) // 10, 2), 1000)]}
         parts = [[row for row in parts[0] if (row["prompt"] in held) == out] for out in (False, True)]
     for i, name in enumerate(("train", "held-out")):
         texts, rows = [[row[key] for row in parts[i]] for key in keys], []
@@ -430,7 +433,8 @@ def open_run(accelerator, folder, args, **record):
             saved, where = json.loads(file.read_text()), last or file
             state = torch.load(last / "state.pt") if last else {}
             now, *before = ({**r, **r["args"]} for r in (record, saved, state or saved))
-            changed = {k: r.get(k) for r in before for k in now.keys() - FREE if r.get(k) != now[k]}
+            free = FREE - ({"num_updates"} if now.get("lr_schedule", "constant") != "constant" else set())
+            changed = {k: r.get(k) for r in before for k in now.keys() - free if r.get(k) != now[k]}
             sizes = [(folder / name, size) for name, size in state.get("files", {}).items()]
             ended = (folder / "model").is_dir() and saved["args"]["num_updates"] == args.num_updates
             if changed:
@@ -551,7 +555,8 @@ def main(args):
 
     # ------------------------------------------------------------------------- optimiser, run folder
     per_epoch = math.ceil(len(rows) / args.minibatch_size)
-    num_updates = min(args.num_updates or math.inf, args.data_epochs * per_epoch)
+    epochs = args.data_epochs or (3 if args.model == "tiny" else 1)
+    num_updates = min(args.num_updates or math.inf, epochs * per_epoch)
     lr = args.learning_rate or (1e-3 if args.model == "tiny" else 1e-5)
     weights, options = reward_model.parameters(), {"weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(weights, lr, args.adam_betas, **options)

@@ -349,7 +349,7 @@ REFUSED = [
     *[(script, "--seed -1", "--seed -1: expected at least 0") for script in EVERY],
     *[(s, "--seed 99999999999999999999", "--seed 99999999999999999999: expected") for s in EVERY],
     ("p3o_v2", "--micro-batch-size 99999999999999999999", "--micro-batch-size 99999999999999999999: expected"),
-    ("sft", "--data-epochs 0", "--data-epochs 0: expected at least 1"),
+    ("sft", "--data-epochs -1", "--data-epochs -1: expected at least 0"),
     ("sft", "--max-prompt-tokens 0", "--max-prompt-tokens 0: expected at least 1"),
     ("sft", "--max-grad-norm nan", "--max-grad-norm nan: expected at least 0"),
     ("reward_model", "--warmup-updates -1", "--warmup-updates -1: expected at least 0"),

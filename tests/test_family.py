@@ -160,3 +160,29 @@ def test_averages_of_log_probabilities(script, data, tmp_path):
     run(script, *data, *SIZES[script], "--num-updates", 2, "--average-logprobs", cwd=tmp_path)
     rows = lines(tmp_path / "run/metrics.jsonl")
     assert all(-3 < row["logps/chosen"] < 0 for row in rows)  # nats a token, not a response
+
+
+def test_a_schedule_belongs_to_its_number_of_updates(data, tmp_path):
+    """Under a cosine a run of more updates is another run, from its first step on."""
+    options = [*data, *SMALL, "--minibatch-size", 8, "--lr-schedule", "cosine"]
+    run("dpo", *options, "--num-updates", 2, cwd=tmp_path)
+    said = run("dpo", *options, "--num-updates", 4, "--resume", cwd=tmp_path, code=2)
+    assert "num_updates 2 (now 4)" in said
+
+
+def test_held_out_prompts_are_the_same_in_every_script(data, tmp_path):
+    """Also where rows are dropped that one kind of script can't use: no script trains on what another holds out."""
+    import p3o_v2
+    import sft
+    from transformers import AutoTokenizer
+
+    file, tokenizer = tmp_path / "rows.jsonl", AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
+    rows = [{"prompt": f"Question {i}?", "chosen": "Yes." if i % 9 else " ", "rejected": "No."} for i in range(300)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts, held_out = (set(tokenizer.batch_decode(x)) for x in p3o_v2.load_prompts(tokenizer, str(file), 512, False))
+    rows, held_out_rows = (
+        {tokenizer.decode(row["prompt"]) for row in part}
+        for part in sft.load_rows(tokenizer, str(file), ("completion",), 512, 128, False)
+    )
+    assert len(held_out) == 30 and 20 < len(held_out_rows) <= 30
+    assert held_out_rows <= held_out and rows <= prompts
