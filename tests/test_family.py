@@ -172,9 +172,10 @@ def test_a_schedule_belongs_to_its_number_of_updates(data, tmp_path):
 
 def test_held_out_prompts_are_the_same_in_every_script(data, tmp_path):
     """Also where rows are dropped that one kind of script can't use: no script trains on what another holds out."""
+    from transformers import AutoTokenizer
+
     import p3o_v2
     import sft
-    from transformers import AutoTokenizer
 
     file, tokenizer = tmp_path / "rows.jsonl", AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
     rows = [{"prompt": f"Question {i}?", "chosen": "Yes." if i % 9 else " ", "rejected": "No."} for i in range(300)]

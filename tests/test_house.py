@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
-LINE_LIMITS = {"p3o_v2.py": 850, "sft.py": 710, "reward_model.py": 670}
+LINE_LIMITS = {"p3o_v2.py": 855, "sft.py": 715, "reward_model.py": 675}
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 
 
