@@ -58,6 +58,7 @@ for line in sys.stdin:
     os.environ.update(job["env"])
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1), os.dup2(output, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # what it prints stands before what it says on stderr later
     sys.argv, code = job["argv"], 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")

@@ -527,6 +527,7 @@ def test_prompts_of_any_length_are_kept_and_dialogues_end_at_the_last_turn(tmp_p
     tokenizer, kept = tokenizer_of("byte_level"), ["sky " * n + "is" for n in range(30)]
     assert any(len(x) == 11 for x in [*kept, "Hello world"])
     turns = ["\n\nHuman: what?\n\nAssistant: the sky.\n\nHuman: is it?\n\nAssistant:", "\n\nHuman: blue?\n\nAssistant:"]
+    turns.append("\n\nHuman: green?\n\nAssistant:")
     rows = {"prompt": [*kept, "Hello world", kept[0]], "chosen": [*(x + " blue" for x in turns), "nobody answers"]}
     for column, expected in (("prompt", [*kept, "Hello world"]), ("chosen", turns)):
         file = tmp_path / f"{column}.jsonl"
