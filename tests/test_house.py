@@ -10,7 +10,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
-LINE_LIMITS = {"p3o_v2.py": 855, "sft.py": 715, "reward_model.py": 675}
+LINES = {  # as they are, and the aim, which none meets yet: the first number may only be lowered
+    "p3o_v2.py": (852, 600),
+    "p3o_v1.py": (853, 600),
+    "ppo.py": (929, 650),
+    "online_dpo.py": (828, 600),
+    "sft.py": (714, 500),
+    "reward_model.py": (671, 500),
+    "dpo.py": (898, 500),
+    "ipo.py": (906, 500),
+    "mpo.py": (926, 500),
+}
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 
 
@@ -42,7 +52,7 @@ def is_shared(name):
 
 
 def test_there_are_scripts():
-    assert {path.name for path in SCRIPTS} >= LINE_LIMITS.keys()
+    assert {path.name for path in SCRIPTS} >= LINES.keys()
 
 
 @pytest.mark.parametrize("name", sorted({name for path in SCRIPTS for name in definitions(path) if is_shared(name)}))
@@ -94,6 +104,8 @@ def test_the_heart_of_p3o_is_on_the_first_page():
     assert loss.end_lineno <= 120
 
 
-@pytest.mark.parametrize("name", LINE_LIMITS)
-def test_a_script_stays_short(name):
-    assert len((ROOT / name).read_text().splitlines()) <= LINE_LIMITS[name]
+@pytest.mark.parametrize("name", LINES)
+def test_a_script_does_not_grow(name):
+    """This does not hold the aims, which stand beside the numbers: it keeps scripts from going further away."""
+    now, aim = LINES[name]
+    assert len((ROOT / name).read_text().splitlines()) <= max(now, aim)
