@@ -1,0 +1,181 @@
+"""The study: every algorithm on the embedded world with the same prompts, samples and grid, over several seeds.
+
+    python benchmark/study.py                       all parts that are not stored yet, two runs at a time
+    python benchmark/study.py --parts grid seeds    these alone
+    python benchmark/study.py --list                what there is, how many runs of it are stored
+
+A run is a script with flags, on one core. What is kept of it (its frontier, a few metrics) goes to
+benchmark/results/PART.json as soon as it ends, and a run that is stored there is not made again: the study can stop
+at any moment. What it shows is drawn and written into docs/results.md by benchmark/study_figures.py.
+"""
+
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import accelerate  # noqa: F401  imported once, before a run forks: seconds less for each
+import datasets  # noqa: F401
+import torch.utils.tensorboard
+import transformers.cache_utils  # noqa: F401
+import tyro
+from study_figures import KLS, RESULTS, ROOT, path_value, stored
+
+# One budget for all: 320 optimizer steps of 16 pairs. Online 20 updates of 64 prompts x 2 samples, 4 epochs (2,560
+# samples); offline 5,120 labelled pairs, once. Evaluated five times and before, on the first 256 held-out prompts.
+ONLINE = {"num_updates": 20, "eval_every": 4, "save_every": 0}
+OFFLINE = {"num_updates": 320, "minibatch_size": 16, "eval_every": 64, "save_every": 0, "lr_schedule": "constant"}
+SCRIPTS = {"p3o_v1": ONLINE, "p3o_v2": ONLINE, "ppo": ONLINE, "online_dpo": ONLINE}
+SCRIPTS |= {"dpo": OFFLINE, "ipo": OFFLINE, "mpo": OFFLINE}
+LEARNING_RATES, BETAS = (1e-4, 2e-4, 4e-4), (0.05, 0.2, 0.8)  # the grid; ipo.py's τ takes the place of β
+SEEDS = (2, 3, 4, 5, 6)
+KEPT = ("kl", "kl_se", "kl_k1", "reward", "reward_se", "gold", "gold_se", "length", "eos_rate", "win_rate_vs_sft")
+METRICS = ("policy/pair_weight_mean", "policy/pair_weight_std", "policy/clipfrac", "policy/ratio_max", "grad_norm")
+METRICS += ("objective/beta_raw", "rewards/accuracies", "time/update")
+
+
+def settings(script, learning_rate, beta, seed, **flags):
+    """A run: the script and its flags, by name."""
+    strength = {"tau" if script == "ipo" else "beta": beta}
+    return {"script": script, **SCRIPTS[script], "learning_rate": learning_rate, **strength, **flags, "seed": seed}
+
+
+def best(script, count=1):
+    """The settings (learning rate, β) of a script that were best on the grid's one seed: by the mean of the rewards
+    at KL 1, 2 and 4."""
+    runs = [run for run in stored("grid") if run["settings"]["script"] == script]
+    if len(runs) < len(LEARNING_RATES) * len(BETAS):
+        raise SystemExit(f"study.py: this part needs the grid, which has {len(runs)} of its runs of {script}.py")
+    runs.sort(key=lambda run: -sum(path_value(run["frontier"], kl) for kl in KLS))
+    name = "tau" if script == "ipo" else "beta"
+    return [(run["settings"]["learning_rate"], run["settings"][name]) for run in runs[:count]]
+
+
+# ------------------------------------------------------------------------------------------------------------ the parts
+def grid():
+    """(a) to (c): learning rate and β of each algorithm, one seed."""
+    return [settings(script, *pair, 1) for script in SCRIPTS for pair in product(LEARNING_RATES, BETAS)]
+
+
+def seeds():
+    """(a) to (c), (h): the best two settings of each, five fresh seeds, evaluated twice as often."""
+    often = {script: {"eval_every": flags["eval_every"] // 2} for script, flags in SCRIPTS.items()}
+    chosen = [(script, pair) for script in SCRIPTS for pair in best(script, 2)]
+    return [settings(script, *pair, seed, **often[script]) for seed in SEEDS for script, pair in chosen]
+
+
+def translation():
+    """(d): a number of its own added to all rewards of a prompt, δ(x) ~ N(0, s²), s = 0, 1, 10."""
+    scripts = ("p3o_v1", "p3o_v2", "online_dpo", "ppo")
+    reward = "benchmark/study_rewards.py:shift_{}"
+    return [
+        settings(script, *best(script)[0], seed, reward_fn=reward.format(s))
+        for seed, s, script in product(SEEDS, (0, 1, 10), scripts)
+    ]
+
+
+def clipping():
+    """(e): ε of the two ways to clip, at two learning rates."""
+    runs = product(SEEDS[:3], (0.0, 0.1, 0.2, 0.5), (2e-4, 4e-4), ("p3o_v1", "p3o_v2"))
+    return [settings(script, lr, best("p3o_v2")[0][1], seed, clip_range=clip) for seed, clip, lr, script in runs]
+
+
+def responses():
+    """(f): K responses to a prompt, 126 to 128 samples an update and 30 to 32 an optimizer step whatever K."""
+    sizes = {2: (64, 16), 3: (42, 14), 4: (32, 8), 8: (16, 4)}
+    return [
+        settings("p3o_v2", *best("p3o_v2")[0], seed, num_responses=k, prompts_per_update=b, minibatch_size=m)
+        for seed in SEEDS
+        for k, (b, m) in sizes.items()
+    ]
+
+
+PARTS = {part.__name__: part for part in (grid, seeds, translation, clipping, responses)}
+
+
+# ----------------------------------------------------------------------------------------------------------- the runner
+def run(flags, folder):
+    """In a process of its own: the script with these flags, its output in folder.log."""
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if name != "script"]
+    log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1), os.dup2(log, 2)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    sys.argv = [f"{flags['script']}.py", *arguments, "--overwrite", f"--output-dir={folder}"]
+    runpy.run_path(f"{flags['script']}.py", run_name="__main__")
+
+
+def short(value):
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def record(flags, folder, seconds):
+    """What is kept of a run."""
+    frontier, metrics = (
+        [json.loads(line) for line in (folder / file).read_text().splitlines()]
+        for file in ("frontier.jsonl", "metrics.jsonl")
+    )
+    points = [{key: short(point[key]) for key in ("step", *KEPT) if key in point} for point in frontier]
+    steps = [point["step"] for point in frontier[1:]]
+    values = [{key: short(row[key]) for key in ("step", *METRICS) if key in row} for row in metrics]
+    values = [row for row in values if row["step"] in steps or row["step"] == 1]
+    return {"settings": flags, "seconds": round(seconds, 1), "frontier": points, "metrics": values}
+
+
+@dataclass
+class Args:
+    parts: tuple[str, ...] = tuple(PARTS)  # which parts, in this order
+    workers: int = 2  # runs at a time, one core each
+    folder: str = "runs/study"  # of the runs themselves, removed as they are recorded
+    list: bool = False  # only say what there is
+
+
+def main(args):
+    context = multiprocessing.get_context("fork")
+    for part in args.parts:
+        done = stored(part)
+        if args.list:
+            print(
+                f"{part:12} {len(done):4} stored, {sum(run['seconds'] for run in done):6.0f} s: {PARTS[part].__doc__}"
+            )
+            continue
+        known = [run["settings"] for run in done]
+        waiting, running, failed = [flags for flags in PARTS[part]() if flags not in known], [], 0
+        print(f"{part}: {len(waiting)} runs to make, {len(done)} stored", flush=True)
+        while waiting or running:
+            while waiting and len(running) < args.workers:
+                folder = (ROOT / args.folder / f"{part}_{len(done) + len(running)}_{len(waiting)}").absolute()
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                process = context.Process(target=run, args=(waiting[0], folder))
+                process.start()
+                running.append((process, waiting.pop(0), folder, time.perf_counter()))
+            time.sleep(0.1)
+            for job in [job for job in running if not job[0].is_alive()]:
+                running.remove(job)
+                process, flags, folder, start = job
+                if process.exitcode:
+                    print(f"failed with {process.exitcode}: {flags}; see {folder}.log", flush=True)
+                    failed += 1
+                    continue
+                done.append(record(flags, folder, time.perf_counter() - start))
+                RESULTS.mkdir(exist_ok=True)
+                rows = ",\n".join(json.dumps(run) for run in done)
+                (RESULTS / f"{part}.part").write_text(f"[\n{rows}\n]\n")
+                (RESULTS / f"{part}.part").rename(RESULTS / f"{part}.json")
+                end = done[-1]["frontier"][-1]
+                print(f"{len(done):4} {flags['script']:10} {done[-1]['seconds']:5.0f} s  KL {end['kl']:6.2f}", end="")
+                print(f"  reward {end['reward']:5.2f}  gold {end['gold']:5.2f}  {len(waiting)} wait", flush=True)
+                shutil.rmtree(folder)
+                Path(f"{folder}.log").unlink()
+        if failed:
+            raise SystemExit(f"study.py: {failed} runs of {part} failed; the same command makes them again")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
