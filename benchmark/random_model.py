@@ -17,6 +17,7 @@ SHAPES = {  # hidden size, layers, heads
     "pythia-410m": (1024, 24, 16),
     "pythia-1b": (2048, 16, 8),
     "pythia-2.8b": (2560, 32, 32),
+    "pythia-6.9b": (4096, 32, 32),
 }
 
 
