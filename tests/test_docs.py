@@ -1,0 +1,302 @@
+"""What README.md and docs/ say: the flags exist, links lead somewhere, examples apply and run, figures are computed."""
+
+import ast
+import importlib.util
+import json
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import tyro
+from conftest import Script, build, run
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+import memory  # noqa: E402
+from random_model import config_of  # noqa: E402
+
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOOLS = ("accelerate", "torchrun", "hf", "transformers", "wandb", "pip", "tensorboard", "#SBATCH", "git", "make")
+TINY = "--num-updates 1 --prompts-per-update 4 --minibatch-size 4 --num-epochs 1 --eval-prompts 4".split()
+TINY += "--max-response-tokens 8".split()
+each_doc = pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.name)
+
+
+def flags_of(script):
+    """The flags of a script: the fields of its Args, or what it gives to argparse."""
+    text = script.read_text()
+    found = {f"--{name}" for name in re.findall(r'"--([a-z-]+)"', text)}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            fields = [part.target.id for part in node.body if isinstance(part, ast.AnnAssign)]
+            found |= {f"--{field.replace('_', '-')}" for field in fields}
+    return found
+
+
+FLAGS = {str(path.relative_to(ROOT)): flags_of(path) for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")]}
+FLAGS["tiny/make.py"] = flags_of(ROOT / "tiny/make.py")
+ANY = set().union(*FLAGS.values(), {"--help"})
+
+
+def fences(text):
+    """(language, code) of every fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+
+
+def commands(text):
+    """What looks like a command or names a flag: lines of fenced blocks without a language, and code in sentences."""
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    for language, code in fences(text):
+        if not language:
+            yield from re.sub(r"\\\n", " ", code).splitlines()
+    yield from re.findall(r"`([^`\n]+)`", rest)
+
+
+@each_doc
+def test_every_flag_exists_in_the_script_it_is_given_to(doc):
+    wrong = []
+    for command in commands(doc.read_text()):
+        command = re.sub(r"\s#\s.*", "", command)
+        words = command.split()
+        at = next((i for i, word in enumerate(words) if re.fullmatch(r"[\w/.]+\.py", word)), None)
+        if at is None and words and words[0].startswith(TOOLS):
+            continue
+        known = FLAGS.get(words[at], ANY) | {"--help"} if at is not None else ANY
+        words = words[at or 0 :]
+        for word in words:
+            found = re.match(r"[\"'(=]*(--[a-z][\w-]*)", word)
+            wrong += [(command, found[1])] if found and found[1] not in known else []
+    assert not wrong
+
+
+def slugs(doc):
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", doc.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@each_doc
+def test_every_link_within_the_repository_leads_somewhere(doc):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", doc.read_text()):
+        path, _, anchor = link.partition("#")
+        target = (doc.parent / path).resolve() if path else doc
+        if not re.match(r"https?:", link) and not (target.exists() and (not anchor or anchor in slugs(target))):
+            broken.append(link)
+    assert not broken
+
+
+# ------------------------------------------------------------------------------------------------------ the examples
+EXAMPLES = sorted((ROOT / "docs/examples").glob("*.diff"))
+
+
+def patched(diff, folder):
+    """A copy of p3o_v2.py with the change in it, in a folder that has tiny/ too."""
+    (folder / "tiny").symlink_to(ROOT / "tiny")
+    script = shutil.copy(ROOT / "p3o_v2.py", folder / "p3o_v2.py")
+    tool = ["patch", "-s", "p3o_v2.py", diff] if shutil.which("patch") else ["git", "apply", "-p0", diff]
+    subprocess.run(tool, cwd=folder, check=True)
+    return Path(script).rename(folder / "mine.py")
+
+
+def test_the_readme_shows_the_examples_as_they_are():
+    shown = [code for language, code in fences((ROOT / "README.md").read_text()) if language == "diff"]
+    assert sorted(shown) == sorted(diff.read_text() for diff in EXAMPLES) and len(shown) == 3
+    assert all(len(text.splitlines()) < 30 for text in shown)
+
+
+@pytest.mark.parametrize("name", ["loss", "reward"])
+def test_an_example_applies_and_runs(name, tmp_path):
+    script = patched(ROOT / f"docs/examples/{name}.diff", tmp_path)
+    run(script, *TINY, cwd=tmp_path)
+    assert (tmp_path / "runs/mine/tiny/tiny/model").is_dir()
+
+
+def test_the_example_of_new_data_reads_a_csv_file(tmp_path):
+    script = patched(ROOT / "docs/examples/dataset.diff", tmp_path)
+    rows = [f'"How many are {n} and, well, one?",{n + 1}' for n in range(30)]
+    (tmp_path / "sums.csv").write_text("\n".join(["question,answer", *rows]))
+    (tmp_path / "right.py").write_text(
+        "import csv\nanswers = {row['question']: row['answer'] for row in csv.DictReader(open('sums.csv'))}\n"
+        "def right(prompts, responses):\n    questions = [x.split('Human: ')[1].split('\\n')[0] for x in prompts]\n"
+        "    return [float(answers[x] in y) for x, y in zip(questions, responses)]\n"
+    )
+    run(script, *TINY, "--dataset", "sums.csv", "--reward-fn", "right.py:right", cwd=tmp_path)
+    (samples, *_) = (tmp_path / "runs/mine/sums.csv/tiny/samples.jsonl").read_text().splitlines()
+    assert json.loads(samples)["prompts"][0] == "\n\nHuman: How many are 0 and, well, one?\n\nAssistant:"
+
+
+def test_the_example_of_a_new_loss_begins_with_the_gradient_of_p3o(tmp_path):
+    spec = importlib.util.spec_from_file_location("mine", patched(ROOT / "docs/examples/loss.diff", tmp_path))
+    mine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mine)
+    import p3o_v2
+
+    torch.manual_seed(1)
+    old, ref, rewards = torch.randn(3, 5, 2, dtype=torch.float64)
+    gradients = []
+    for module in (p3o_v2, mine):
+        logps = old.clone().requires_grad_()
+        module.pairwise_loss(logps, old, ref, rewards, 0.05, 0.2, 10.0)[0].backward()
+        gradients.append(logps.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_script_alone_works_elsewhere(tmp_path):
+    script = shutil.copy(ROOT / "p3o_v2.py", tmp_path / "p3o_v2.py")
+    shutil.copytree(ROOT / "tiny/sft", tmp_path / "policy")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}:"}) + "\n" for n in range(30)))
+    (tmp_path / "reward.py").write_text("def f(prompts, responses):\n    return [float(len(y)) for y in responses]\n")
+    own = ["--model", "policy", "--dataset", "data.jsonl", "--reward-fn", "reward.py:f"]
+    run(script, *TINY, *own, cwd=tmp_path)
+    assert (tmp_path / "runs/p3o_v2/data/policy/model").is_dir()
+    said = run(script, "--model", "tiny", cwd=tmp_path, code=2).strip()
+    assert said.startswith("p3o_v2.py: --model ") and len(said.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- the recipes
+RECIPES = (ROOT / "docs/recipes.md").read_text()
+FILES = {code.split("\n")[0].split()[1]: code for language, code in fences(RECIPES) if re.match(r"# \w+\.py", code)}
+
+
+def test_the_recipe_of_a_classifier_runs(tmp_path):
+    (tmp_path / "classifier.py").write_text(FILES["classifier.py"])
+    (tmp_path / "rewards.py").write_text(FILES["rewards.py"])
+    rewards = ["--reward-fn", "classifier.py:score", "--gold-fn", "rewards.py:total"]
+    run("p3o_v2", *TINY, *rewards, cwd=tmp_path, CLASSIFIER=str(ROOT / "tiny/reward_model"))
+
+
+def test_the_recipe_of_several_rewards_is_their_weighted_sum(tmp_path):
+    (tmp_path / "rewards.py").write_text(FILES["rewards.py"])
+    f = runpy.run_path(str(tmp_path / "rewards.py"))
+    responses = [" Happy to help.", " No." + " no" * 49, " Thank you.\n\nHuman: More?"]
+    assert f["total"]([""] * 3, responses) == pytest.approx([2, -1, 0])
+
+
+def test_the_recipe_of_talking_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "talk.py").write_text(FILES["talk.py"])
+    lines = iter(["How can I save money?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(sys, "argv", ["talk.py", str(ROOT / "tiny/sft")])
+    runpy.run_path(str(tmp_path / "talk.py"), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_recipe_of_csv_gives_rows_that_are_read_back(tmp_path):
+    (command,) = (line for line in commands(RECIPES) if "csv.DictReader" in line)
+    (tmp_path / "data.csv").write_text('prompt,completion\n"Say ""a"", please",a\n2023-01-01,"b\nc"\n')
+    subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True, cwd=tmp_path, check=True)
+    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    wanted = [{"prompt": 'Say "a", please', "completion": "a"}, {"prompt": "2023-01-01", "completion": "b\nc"}]
+    assert rows == wanted
+
+
+def test_the_recipe_of_ending_a_stopped_run_saves_its_model(tmp_path):
+    script = Script("p3o_v2", *TINY, "--num-updates", 1000, cwd=tmp_path)
+    folder, end = tmp_path / "runs/p3o_v2/tiny/tiny", time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    subprocess.run(["kill", f"-{signal.SIGINT.value}", str(script.pid)], check=True)
+    code, said = script.wait()
+    assert code == 130, said
+    updates = re.search(r"stopped after (\d+) updates", said)[1]
+    run("p3o_v2", *TINY, "--resume", "--num-updates", updates, cwd=tmp_path)
+    assert (folder / "model").is_dir() and len((folder / "metrics.jsonl").read_text().splitlines()) == int(updates)
+
+
+# --------------------------------------------------------------------------------------------------------- the memory
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("unfrozen", [0, 1])
+def test_computed_bytes_of_what_is_trained_and_frozen_are_exact(dtype, unfrozen):
+    import p3o_v2
+
+    folder = ROOT / "tiny/sft"
+    args = SimpleNamespace(unfrozen_layers=unfrozen, dtype=dtype, gradient_checkpointing=False)
+    policy, reference = (
+        p3o_v2.set_up_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), args, train)
+        for train in (True, False)
+    )
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-4, fused=True)
+    policy(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    optimizer.step()
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    own = [ref for ref, weight in zip(reference.parameters(), policy.parameters()) if weight.requires_grad]
+    frozen = [weight for weight in policy.parameters() if not weight.requires_grad]
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    parts = {"trained weights": trained, "gradients": [weight.grad for weight in trained], "AdamW": moments}
+    parts |= {"reference": own} | ({"frozen weights of the policy": frozen} if unfrozen else {})
+    real = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in parts.items()}
+    _, computed = memory.memory(memory.Args(dtype=dtype, unfrozen_layers=unfrozen), AutoConfig.from_pretrained(folder))
+    assert {name: computed[name] for name in real} == real
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_computed_activations_are_those_that_torch_keeps(shape, dtype, checkpointing):
+    import p3o_v2
+
+    hidden, found = 256, []
+    for layers in (1, 2):
+        sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 2}
+        sizes |= {
+            "intermediate_size": int(hidden * (4 if shape == "gpt_neox" else 3.5)),
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+        }
+        model = build(shape, "policy", 1, **sizes, max_position_embeddings=256)
+        p3o_v2.set_up_model(
+            model, SimpleNamespace(unfrozen_layers=0, dtype=dtype, gradient_checkpointing=checkpointing), True
+        )
+        weights = {weight.numel() for weight in model.parameters() if weight.ndim == 2}
+        owned, kept, alive = {weight.untyped_storage().data_ptr() for weight in model.parameters()}, {}, []
+
+        def keep(tensor, owned=owned, kept=kept, alive=alive, weights=weights):
+            alive.append(tensor)  # so that no address is used twice
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in owned and not (tensor.ndim == 2 and tensor.numel() in weights):
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        prompts, responses = [torch.arange(70)] * 2, [torch.arange(33)] * 4
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            p3o_v2.response_hidden(model, prompts, responses)
+        found.append(sum(kept.values()))
+    expected = 4 if checkpointing else memory.KEPT[shape, 4 if dtype == "float32" else 2]
+    assert (found[1] - found[0]) / (2 * (70 + 2 * 33) * hidden) == pytest.approx(expected, rel=0.05)
+
+
+def test_the_table_of_memory_and_time_is_computed():
+    rows, speed, names = 0, 0, {"ddp": "ddp", "deepspeed_zero2": "zero2", "fsdp2": "fsdp2"}
+    for line in RECIPES.splitlines():
+        speed = (re.findall(r"at (\d+) TFLOP/s", line, re.I) or [speed])[0]
+        match = re.fullmatch(r"\| `(.*?)(\w+)\.py (--model pythia.*)` \| (.*) \| (.*) \| (.*) \|", line)
+        if not match:
+            continue
+        launcher, script, flags, *shown = match.groups()
+        options = ["--script", script, "--tflops", speed, *re.sub(r" --dataset \w+", "", flags).split()]
+        if config := re.search(r"configs/(\w+)\.yaml --num_processes (\d+)", launcher):
+            options += ["--sharing", names[config[1]], "--processes", config[2]]
+        args = tyro.cli(memory.Args, args=options, config=(tyro.conf.FlagCreatePairsOff,))
+        gib = [sum(parts.values()) / 2**30 for parts in memory.memory(args, config_of(args.model))]
+        seconds = sum(memory.seconds(args, config_of(args.model))) if script in memory.ONLINE else 0
+        assert shown == [f"{number:.1f}" if number else "–" for number in (*gib, seconds)], line
+        assert max(gib) < (24 if int(speed) < 100 else 80), line
+        rows += 1
+    assert rows == 20
+
+
+def test_the_citation_is_of_this_version_and_license():
+    text = (ROOT / "CITATION.cff").read_text()
+    assert "cff-version: 1.2.0" in text and "license: MIT" in text and "arxiv.org/abs/2310.00212" in text
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
