@@ -1,0 +1,1099 @@
+"""Evaluate policies: the KL–reward frontier of runs, the limit of that frontier, head-to-head win rates, samples.
+
+frontier   Reward over sequence KL(π‖π_ref) of one or more runs: a picture, the reward at chosen KLs, a linear fit.
+limit      The best reward that any policy has at each KL. It is attained by π*_b(y|x) ∝ π_ref(y|x) exp(r(x, y)/b),
+           of which N samples a prompt from π_ref show reward and KL (self-normalised importance sampling):
+               w_i ∝ exp(r_i / b)      reward Σ w_i r_i      KL log N + Σ w_i log w_i      effective samples 1/Σ w_i²
+           Best of n is the second reference curve: KL at most log n − (n−1)/n.
+compare    The same held-out prompts answered by several policies: win rates by reward, gold and a judge.
+samples    The same prompts answered by several policies, side by side.
+
+Shapes: P prompts, N samples to each, T response tokens. Prompts and responses are lists of 1-D id tensors.
+
+    python evaluate.py limit                                                     the embedded world, 20 minutes
+    python evaluate.py frontier runs/p3o_v2/tiny/tiny --limit runs/limit/tiny/tiny/limit.json
+    python evaluate.py compare runs/p3o_v2/tiny/tiny tiny                        run folders, models, hub ids
+    python evaluate.py compare A B --judge-url http://localhost:8000/v1 --judge-model NAME     (key: OPENAI_API_KEY)
+    python evaluate.py samples runs/p3o_v2/tiny/tiny tiny --num 4
+
+A and B are answered for with the noise, and so have the reward and KL, of the last evaluation of a training run.
+"""
+
+import hashlib
+import http.client
+import json
+import math
+import os
+import re
+import runpy
+import sys
+import textwrap
+import threading
+import time
+import urllib.request
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub import HfApi, constants
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from tyro.conf import Positional
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
+# Settings of a run that leave its curve as it is: runs that differ in these alone are one curve.
+SAME_CURVE = "seed output_dir overwrite resume save_every device debug micro_batch_size gradient_checkpointing".split()
+ROUND = 32  # samples a prompt between two saves of the limit; another number gives other samples
+JUDGES = ("reward", "gold")
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # told apart by the colour-blind too
+
+
+def limit_curve(rewards, temperatures, gold=None):
+    """Reward, KL and effective sample size of π*_b ∝ π_ref exp(r/b) at each temperature b, means over the prompts.
+    rewards: [P, N] of N samples a prompt from π_ref; gold: [P, N], weighted alike. Returns a dict of float64 tensors
+    [len(temperatures)]. Too low where samples are few: trust it where ess ≥ 50 and kl < log N − 4.5."""
+    rewards, curve = rewards.double(), defaultdict(list)
+    for b in temperatures:
+        logw = (rewards / b).log_softmax(1)
+        w = logw.exp()
+        curve["kl"].append(math.log(rewards.shape[1]) + (w * logw).sum(1).mean())
+        curve["reward"].append((w * rewards).sum(1).mean())
+        curve["ess"].append((1 / w.square().sum(1)).mean())
+        if gold is not None:
+            curve["gold"].append((w * gold).sum(1).mean())
+    return {key: torch.stack(values) for key, values in curve.items()}
+
+
+def best_of_n(rewards, n, values):
+    """Expected value of the sample with the highest reward among n, mean over the prompts: the exact mean over all ways
+    to draw n of the N samples without replacement, so without bias. rewards, values: [P, N]."""
+    rank = torch.arange(n, rewards.shape[1] + 1, dtype=torch.float64)  # C(rank − 1, n − 1) draws have it as their best
+    w = (rank.lgamma() - (rank - n + 1).lgamma()).softmax(0)
+    ordered = values.double().gather(1, rewards.argsort(dim=1, stable=True))
+    return (ordered[:, n - 1 :] * w).sum(1).mean().item()
+
+
+def reward_at(points, kappa):
+    """The best reward on a path of (kl, reward) points while its KL ≤ κ, the path being straight between two points;
+    nan if it is never there."""
+    found = [reward for kl, reward in points if kl <= kappa]
+    for (kl, reward), (next_kl, next_reward) in pairwise(points):
+        if (kl - kappa) * (next_kl - kappa) < 0:
+            found.append(reward + (next_reward - reward) * (kappa - kl) / (next_kl - kl))
+    return max(found, default=math.nan)
+
+
+@dataclass
+class Frontier:
+    """Reward over KL of runs, as a picture, a table and numbers."""
+
+    runs: Positional[tuple[str, ...]] = ()  # run folders; those that differ in nothing but the seed are one curve
+    output: Path = Path(
+        "runs/frontier.png"
+    )  # file that is written (the frontier's picture, with its numbers beside it as .json)
+    kls: tuple[float, ...] = (1.0, 2.0, 4.0)  # KLs at which rewards are given, nats a response
+    limit: str = ""  # limit.json of the subcommand limit, drawn and compared with
+    reward: Literal["reward", "gold"] = "reward"  # which of the two
+    debug: bool = False  # show the traceback of a mistake too
+
+
+@dataclass
+class Args:
+    # Run
+    seed: int = 1  # of the sampling noise, the order of the data and any new weights
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    debug: bool = False  # show the traceback of a mistake too
+    # Rewards, data
+    reward_model: str = ""  # folder or hub id, fed this model's token ids (default: what reward_model.py saved for it)
+    reward_fn: str = ""  # FILE.py:f, in place of a model: f(prompts: list[str], responses: list[str]) -> list[float]
+    gold_fn: str = ""  # FILE.py:f, the true reward of the same form where one is known; only ever evaluated
+    trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
+    dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
+    eval_prompts: int = 256  # held-out prompts used, the first ones
+    max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
+    truncate_prompts: bool = False  # cut longer prompts on the left instead
+    max_response_tokens: int = 128  # length limit of a response
+    temperature: float = 1.0  # of the distribution sampled from, in every log-probability and KL too
+    # Sizes
+    micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
+    sampling_batch_size: int = 512  # responses sampled at once: changes memory and speed alone
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products alone (float16 overflows: not offered)
+
+
+@dataclass
+class Limit(Args):
+    """The best reward that any policy has at each KL, for a reference, a reward and prompts."""
+
+    model: str = "tiny"  # tiny (embedded), a short name (pythia-14m … pythia-12b), a hub id, or a folder
+    num_samples: int = 2048  # samples a prompt, N; more, later, go on from those that are there
+    b_values: tuple[float, ...] = ()  # temperatures b of the tilt (default: 121, 100 to 0.01 times the rewards' spread)
+    output_dir: str = ""  # the run's folder (default: runs/SCRIPT/DATASET/MODEL)
+    overwrite: bool = False  # replace the run that the folder holds
+
+
+@dataclass
+class Compare(Args):
+    """Win rates of policies against each other. Settings not given, reward and dataset among them, are those of the
+    first run in the list."""
+
+    models: Positional[tuple[str, ...]] = ()  # run folders, model folders, hub ids, or tiny (the embedded SFT policy)
+    reference: str = ""  # π_ref of the KL, one of the same forms (default: where the first run started, or the first)
+    output: Path = Path(
+        "runs/compare.json"
+    )  # file that is written (the frontier's picture, with its numbers beside it as .json)
+    judge_url: str = ""  # an OpenAI-compatible server, as http://localhost:8000/v1; its key from OPENAI_API_KEY
+    judge_model: str = ""  # name of the judge on that server
+    judge_timeout: float = 60.0  # seconds to wait for a reply
+    judge_retries: int = 3  # of a request without a verdict; after them the pair is unjudged, and counted
+    judge_workers: int = 8  # requests in flight
+    judge_max_tokens: int = 16  # length limit of a reply (0: the server's)
+    judge_cache: Path = Path("runs/cache/judge.jsonl")  # replies so far, never asked for again
+
+
+@dataclass
+class Samples(Args):
+    """The same prompts answered by several policies side by side. Settings not given are those of the first run."""
+
+    models: Positional[tuple[str, ...]] = ()  # run folders, model folders, hub ids, or tiny (the embedded SFT policy)
+    num: int = 8  # prompts shown, the first ones
+    output: Path = Path(
+        "runs/samples.md"
+    )  # file that is written (the frontier's picture, with its numbers beside it as .json)
+
+
+class UserError(Exception):
+    """A mistake in what the user gave, told in one sentence without a traceback; exit code 2, nothing was changed."""
+
+
+class RunError(Exception):
+    """What ends a run that had begun, told in one sentence; exit code 1, the last checkpoint is kept."""
+
+
+# ----------------------------------------------------------------------------------------------- set up, find and load
+def short_name(path):
+    """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
+    try:
+        return Path(json.loads((Path(path).parent / "args.json").read_text())["base_name"]).resolve().name
+    except (OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
+        return re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+
+
+def find_stage(stage, model, dataset):
+    """The model that an earlier stage (sft, reward_model) saved for this base model and dataset: a folder, or None."""
+    if model == "tiny":
+        return f"{TINY}/{stage}"
+    run = Path("runs") / stage / short_name(dataset) / short_name(model)
+    saved = json.loads((run / "args.json").read_text()) if (run / "model").is_dir() else {"base_name": None}
+    same = saved.get("base_name") == short_name(model) and saved["args"]["dataset"] == dataset
+    return f"{run}/model" if same and (stage != "sft" or saved["args"]["model"] == model) else None
+
+
+def fetch(kind, name, flag, load):
+    """load(), a hub id only after one request of at most 10 s has found it. Raises UserError with the reason."""
+    try:
+        if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
+            HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
+        return load()
+    except Exception as error:
+        error = error.__cause__ or error  # of what the datasets library wraps
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        where = "can be read from there" if Path(name).exists() else "is there, nor on huggingface.co"
+        raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
+
+
+def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
+    """A model in evaluation mode, so without dropout, from a folder or the hub; see set_up_model. Raises UserError."""
+    options |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": args.trust_remote_code}
+    model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
+    if info["missing_keys"] and not new_head:
+        raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
+    head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 2]])
+    with torch.no_grad():
+        if head and not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), 0, 1e-4, True):
+            raise UserError(f"{flag} {name}: it scales or caps its logits, which is not supported; use another model.")
+    return set_up_model(model.to(device), args, train)
+
+
+def set_up_model(model, args, train):
+    """Freeze the whole model or, if `train`, all but its last --unfrozen-layers and head (0: freeze nothing). Its trunk
+    multiplies in --dtype; weights stay float32, but frozen Linear ones are rounded to it. Raises UserError."""
+    trunk, unfrozen = model.base_model, args.unfrozen_layers if train else 0
+    layers = next(part for part in trunk.modules() if isinstance(part, torch.nn.ModuleList))
+    if not 0 <= unfrozen <= len(layers):
+        raise UserError(f"--unfrozen-layers {unfrozen}: the model has {len(layers)}; pass 0 to train everything.")
+    model.requires_grad_(train)
+    if unfrozen:
+        trunk.requires_grad_(False)
+        layers[-unfrozen:].requires_grad_(True)
+    for layer in layers if train and args.gradient_checkpointing else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if args.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # for the head: float32 in and out, TF32 products
+        trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
+        for part in trunk.modules():
+            if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
+                part.to(torch.bfloat16)
+    return model
+
+
+def load_tokenizer(name, model, args):
+    """The tokenizer of a policy, and the ids that end its responses. Raises UserError."""
+    options = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = fetch("tokenizer", name, "--model", lambda: AutoTokenizer.from_pretrained(name, **options))
+    if not tokenizer("Hi").input_ids:  # what the library makes up where there is none
+        raise UserError(f"--model {name}: no tokenizer is there; save the model's own in that folder.")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
+    generation = getattr(model, "generation_config", None) or model.config
+    ends = (tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id)
+    end_ids = sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
+    if not end_ids:
+        raise UserError(f"--model {name}: it names no end-of-sequence token, which ends a response.")
+    return tokenizer, end_ids
+
+
+def read_dataset(name, flag):
+    """The splits of a file, folder or hub dataset as lists of rows (dicts), training data first, held-out data next.
+    JSON lines are parsed here: the library would turn text that looks like a date into one. Raises UserError."""
+    path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}.get(name, name)
+    where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
+    if files and not os.path.getsize(path):
+        raise UserError(f"{flag} {name}: the file is empty.")
+
+    def load():
+        builder = datasets.load_dataset_builder(where, data_files=files)
+        is_json = type(builder).__name__ == "Json"
+        source, data_files = ("text", builder.config.data_files) if is_json else (where, files)
+        return datasets.load_dataset(source, data_files=data_files), is_json
+
+    splits, is_json = fetch("dataset", path, flag, load)
+    parts = {key: list(part) for key, part in splits.items()}
+    for key, part in parts.items() if is_json else ():
+        parts[key] = rows = []
+        for number, line in enumerate(part, 1):
+            try:
+                rows += [{**json.loads(line["text"])}] if line["text"].strip() else []
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{flag} {name}: line {number} of {key} is no JSON object ({error}).") from error
+    return [parts[key] for key in ("train", "test", "validation") if key in parts] or list(parts.values())
+
+
+def load_prompts(tokenizer, dataset, max_prompt_tokens, truncate):
+    """(train, held-out) prompts as 1-D id tensors, each once: the column `prompt`, or the dialogues in `chosen` up
+    to their last "Assistant:" (HH). Without held-out data a tenth (at most 1,000) is held out. Raises UserError."""
+    parts = read_dataset(dataset, "--dataset")[:2]
+    for i, part in enumerate(parts):
+        column, texts = "prompt" if part and "prompt" in part[0] else "chosen", []
+        for number, row in enumerate(part, 1):
+            if not isinstance(text := row.get(column), str):
+                found = f"{text!r:.60}" if column in row else f"the columns {', '.join(row)}"
+                raise UserError(f"--dataset {dataset}: row {number}: expected text in prompt or chosen; found {found}.")
+            texts.append(text if column == "prompt" else "".join(text.rpartition("\n\nAssistant:")[:2]))
+        parts[i] = list(dict.fromkeys(filter(None, texts)))
+        if "" in texts:
+            print(f"{'':14}{texts.count(''):,} rows without a prompt, dropped")
+    if len(parts) == 1:
+        shuffled = sorted(parts[0], key=lambda x: hashlib.sha256(x.encode()).digest())  # the same in every script
+        cut = min(max(len(shuffled) // 10, 2), 1000)
+        parts = [shuffled[cut:], shuffled[:cut]]
+    for i, name in enumerate(("train", "held-out")):
+        ids = [torch.tensor(x) for x in tokenizer(parts[i]).input_ids] if parts[i] else []
+        long, done = sum(len(x) > max_prompt_tokens for x in ids), "cut on the left" if truncate else "dropped"
+        parts[i] = [x[-max_prompt_tokens:] for x in ids if truncate or len(x) <= max_prompt_tokens]
+        print(f"{'':14}{len(parts[i]):,} different {name} prompts; {long:,} too long, {done}")
+        if not parts[i]:
+            raise UserError(f"--dataset {dataset}: no {name} prompts are left.")
+    return parts
+
+
+def text_reward(spec, flag, tokenizer):
+    """The function of (prompts, responses) -> [N] float32 that "FILE.py:f" computes from their texts, which are decoded
+    without special tokens, responses with their leading space. Raises UserError."""
+    path, _, name = spec.rpartition(":")
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    try:
+        function = runpy.run_path(path).get(name) if Path(path).is_file() else None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{flag} {spec}: the file does not run ({error!r}).") from error
+    if not callable(function):
+        raise UserError(f"{flag} {spec}: expected FILE.py:function; there is no such file or no such function in it.")
+
+    def checked(rows):
+        try:
+            found = function(*map(list, zip(*rows)))
+            with suppress(TypeError, ValueError, RuntimeError):  # of what is no number
+                values = torch.tensor(list(found), dtype=torch.float32)
+                if values.shape == (len(rows),) and values.isfinite().all():
+                    return values
+            raise ValueError(f"expected {len(rows)} finite numbers, found {found!s:.60}")
+        except (Exception, SystemExit) as error:
+            for row in rows if len(rows) > 1 else ():  # which one is it?
+                checked([row])
+            where = "" if len(rows) > 1 else ", for the prompt {!r} and response {!r}".format(*rows[0])
+            raise RunError(f"{flag} {spec}: {error!r}{where}.") from error
+
+    def score(prompts, responses):
+        prompts = [x for x in prompts for _ in range(len(responses) // len(prompts))]
+        texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        whole = tokenizer.batch_decode([torch.cat(row) for row in zip(prompts, responses)], skip_special_tokens=True)
+        rows = [(x, y[len(x) :]) for x, y in zip(texts, whole)]
+        # By one process: if it draws random numbers, all still see the same rewards.
+        return broadcast_object_list([checked(rows) if PartialState().is_main_process else None])[0]
+
+    return score
+
+
+def fingerprint(tensors):
+    """A short text that changes with any bit of these tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(str(tensor.shape).encode() + data.tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------- sample, log-probabilities, score
+class InplaceLayer(DynamicLayer):
+    """Keys and values of a layer in buffers with room for more; the library's layer copies them all at every token."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:  # the prompts: [B, heads, tokens, head size]; autocast leaves rotary keys float32
+            self.buffers = super().update(keys.to(values.dtype), values)
+            return self.buffers
+        start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        if len(self.keys) != len(self.buffers[0]) or end > self.buffers[0].shape[2]:  # other rows, or full
+            self.buffers = [F.pad(states, (0, 0, 0, 32)) for states in (self.keys, self.values)]
+        for buffer, states in zip(self.buffers, (keys, values)):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # only a scope: the trunk's autocasts inside it share the weights they round
+def sample_responses(model, prompts, noise, temperature, end_ids):
+    """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
+    `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
+    response depends on its own row alone. Returns N pairs on the CPU: the tokens of a response, up to and including an
+    id of `end_ids`, and their log-probabilities, float32."""
+    noise, end_ids, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
+    (N, T), K, noise = noise.shape, len(noise) // len(prompts), noise.to(device)
+    input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
+    mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
+    cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
+    cache.layers = [InplaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "past_key_values": cache}
+    hidden = model.base_model(input_ids, **inputs).last_hidden_state
+    hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
+    cache.batch_repeat_interleave(K)
+    tokens, logprobs = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device)
+    rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # kept
+    for t in range(T):
+        probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
+        # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
+        cdf = probs.double().cumsum(-1)
+        token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+        tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
+        going &= ~torch.isin(token.squeeze(1), end_ids)
+        if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
+            cache.batch_select_indices(going.nonzero().squeeze(1))
+            rows, token, mask, going = (v[going] for v in (rows, token, mask, going))
+        if t == T - 1 or len(rows) == 0:
+            break
+        mask = F.pad(mask, (0, 1), value=1)
+        inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
+        hidden = model.base_model(token, **inputs).last_hidden_state
+    over = F.pad(torch.isin(tokens, end_ids).cumsum(1), (1, 0))[:, :T] > 0  # [N, T], what follows the end of a response
+    lengths = (T - over.sum(1)).tolist()
+    return [(y[:n].clone(), p[:n].clone()) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), lengths)]
+
+
+def response_hidden(model, prompts, responses):
+    """Last hidden states after 0, 1 … T tokens of each response, arbitrary beyond its end: [N, T + 1, D].
+    The K = N/B responses to a prompt share a row x y_1 … y_K, and x is read once: positions in y_k follow x, and y_k
+    sees x and itself. Rows are padded on the right, where causal attention never looks: K = 1 needs no mask at all."""
+    K, config, inputs = len(responses) // len(prompts), model.config, {"use_cache": False}
+    kinds = {config._attn_implementation, *(getattr(config, "layer_types", None) or ["full_attention"])}
+    if kinds != {"sdpa", "full_attention"} or getattr(config, "sliding_window", None):  # others take no mask of ours
+        prompts, K = [x for x in prompts for _ in range(K)], 1
+    rows = [[x, *responses[K * b : K * b + K]] for b, x in enumerate(prompts)]
+    input_ids = pad_sequence([torch.cat(row) for row in rows], batch_first=True).to(model.device)  # [B, L]
+    lengths = torch.tensor([[len(part) for part in row] for row in rows], device=model.device)  # [B, 1 + K]
+    starts = lengths.cumsum(1) - lengths
+    column, t = (torch.arange(n, device=model.device) for n in (input_ids.shape[1], lengths[:, 1:].max() + 1))
+    if K > 1:  # x of 3 tokens, y_1 and y_2 of 2: row x x x a a b b, part 0 0 0 1 1 2 2, positions 0 1 2 3 4 3 4
+        part = (column[:, None] >= starts[:, None, 1:]).sum(2)  # [B, L]: 0 in x, k in y_k
+        mask = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # [B, query, key]
+        shift = (starts - lengths[:, :1]).clamp(min=0).gather(1, part)
+        positions = (column - shift) * (column < lengths.sum(1, keepdim=True))
+        inputs |= {"attention_mask": mask[:, None], "position_ids": positions}
+    hidden = model.base_model(input_ids, **inputs).last_hidden_state  # [B, L, D]
+    columns = torch.where(t > 0, starts[:, 1:, None] + t, lengths[:, :1, None]) - 1  # [B, K, T + 1]
+    return hidden[torch.arange(len(rows))[:, None, None], columns.clamp(max=len(column) - 1)].flatten(0, 1)
+
+
+def response_kl(policy, reference, prompts, responses, temperature):
+    """[N, 2], sums over a response, nats: KL(π_θ ‖ π_ref) over the whole vocabulary; log π_θ(y) − log π_ref(y)."""
+    models, sums = (policy, reference), torch.zeros(len(responses), 2, dtype=torch.float64, device=policy.device)
+    hidden = [response_hidden(model, prompts, responses) for model in models]  # twice [N, T + 1, D]
+    for i, y in enumerate(responses):
+        logits = (model.get_output_embeddings()(states[i, : len(y)].float()) for model, states in zip(models, hidden))
+        logp, ref_logp = (F.log_softmax(part / temperature, dim=-1) for part in logits)  # [T, V]
+        sums[i, 0] = F.kl_div(ref_logp, logp, log_target=True, reduction="none").sum(1).clamp(min=0).double().sum()
+        sums[i, 1] = (logp - ref_logp).gather(1, y[:, None].to(policy.device)).double().sum()
+    return sums
+
+
+def response_scores(reward_model, prompts, responses):
+    """r(x, y), the reward model's output at the last token of each response: [N] float32."""
+    hidden = zip(response_hidden(reward_model, prompts, responses), responses)
+    return reward_model.score(torch.stack([states[len(y)] for states, y in hidden]).float()).squeeze(-1)
+
+
+@torch.no_grad()
+def in_batches(function, prompts, responses, batch_size=0):
+    """function(prompts, responses) -> a result for each response, in batches of like length shared out among processes,
+    without gradient. Every process returns all results, in the order of responses, on the CPU; tensors as one, [N, …],
+    padded with 0. batch_size: responses a call; 0 splits them evenly over the processes."""
+    K, N, state, found = len(responses) // len(prompts), len(responses), PartialState(), []
+    lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
+    batches = lengths.argsort().split(max(1, (batch_size or math.ceil(N / state.num_processes)) // K))
+    for batch in batches[state.process_index :: state.num_processes]:
+        indices = [K * b + k for b in batch.tolist() for k in range(K)]
+        results = function([prompts[b] for b in batch], [responses[i] for i in indices])
+        found += zip(indices, [row.clone() for row in results.cpu()] if torch.is_tensor(results) else results)
+    rows = [row for _, row in sorted(gather_object(found), key=lambda pair: pair[0])]
+    if torch.is_tensor(rows[0]):
+        return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------- policies, rewards, prompts
+def check(args):
+    """Raises UserError for a number out of range."""
+    at_least_1 = "eval_prompts max_prompt_tokens max_response_tokens micro_batch_size sampling_batch_size num"
+    lowest = dict.fromkeys(f"{at_least_1} judge_workers".split(), 1) | {"temperature": 0.001, "eval_prompts": 2}
+    lowest |= {"num_samples": 2, "judge_timeout": 0.001}
+    for name, value in vars(args).items():
+        low = lowest.get(name, 1e-9 if name in ("kls", "b_values") else 0)
+        values = value if isinstance(value, tuple) else [value]
+        if not all(low <= x < 2**63 for x in values if isinstance(x, int | float)):
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {low:g}.")
+    if getattr(args, "device", "") == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
+
+
+def read_record(run):
+    """args.json of a run's folder. Raises UserError."""
+    file = Path(run) / "args.json"
+    try:
+        record = json.loads(file.read_text())
+        record["script"], record["args"]["dataset"], record["args"]["model"], record["args"]["seed"]  # noqa: B018
+        return record
+    except FileNotFoundError as error:
+        what = "no run, it has no args.json" if Path(run).is_dir() else "no such folder"
+        raise UserError(f"{run}: {what}; expected the folder of a run, as runs/p3o_v2/tiny/tiny.") from error
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def first_record(models):
+    """The record of the first run among policies, given by its folder or by the model/ in it; {} if there is none."""
+    folders = [folder for name in models for folder in (Path(name), Path(name).parent)]
+    return next((read_record(folder) for folder in folders if (folder / "args.json").is_file()), {})
+
+
+def settings_of_run(args):
+    """What the first run of args.models sets: reward and dataset, if another is not given, lengths, temperature."""
+    record = first_record(args.models)
+    names = "dataset gold_fn max_prompt_tokens truncate_prompts max_response_tokens temperature".split()
+    values = {name: record["args"][name] for name in names if record and name in record["args"]}
+    if record and not args.reward_fn and not args.reward_model:
+        values["reward_fn"] = record["args"].get("reward_fn", "")
+        embedded = record["args"]["model"] == "tiny" and not record["args"].get("reward_model")
+        values["reward_model"] = "" if values["reward_fn"] or embedded else record.get("reward") or ""
+    return values
+
+
+def find_policy(name):
+    """Folder or hub id of the policy that a name on the command line stands for. Raises UserError."""
+    if name == "tiny":
+        return f"{TINY}/sft"
+    if (Path(name) / "args.json").is_file():
+        if not (Path(name) / "model").is_dir():
+            raise UserError(f"{name}: the run has saved no model yet; it does so at its end.")
+        return f"{name}/model"
+    return f"EleutherAI/{name}" if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", name) else name
+
+
+def reward_of(record):
+    """The reward of a run or limit, the embedded one by its name wherever the project lies."""
+    reward = record.get("reward") or "none"
+    return "tiny" if Path(reward).parts[-2:] == ("tiny", "reward_model") else reward
+
+
+def load_judges(args, model, tokenizer, device, needed=True):
+    """{"reward", maybe "gold": function of (prompts, responses) -> [N]}, where each is from, and the reward model where
+    there is one. Raises UserError."""
+    path = args.reward_fn or args.reward_model or find_stage("reward_model", model, args.dataset)
+    judges, reward_model = {}, None
+    gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
+    if not path and needed:
+        raise UserError("no reward: run reward_model.py on this dataset, or pass --reward-model or --reward-fn.")
+    if args.reward_fn:
+        judges["reward"] = text_reward(args.reward_fn, "--reward-fn", tokenizer)
+    elif path:
+        reward_model = load_model(AutoModelForSequenceClassification, path, "--reward-model", device, args)
+        found = reward_model.config.num_labels, reward_model.get_input_embeddings().num_embeddings
+        if found[0] != 1 or found[1] < len(tokenizer) or not hasattr(reward_model, "score"):
+            wanted = f"expected a score and {len(tokenizer):,} tokens, found {found[0]} outputs and {found[1]:,}"
+            raise UserError(f"--reward-model {path}: {wanted}.")
+        judges["reward"] = partial(in_batches, partial(response_scores, reward_model), batch_size=args.micro_batch_size)
+    if gold_fn:
+        judges["gold"] = text_reward(gold_fn, "--gold-fn", tokenizer)
+    print(f"reward        {path or 'none'} (--reward-model or --reward-fn change it)")
+    print(f"dataset       {args.dataset} (--dataset changes it)")
+    return judges, {"reward": path, "gold": gold_fn}, reward_model
+
+
+def set_up_device(args):
+    """The device; evaluation is the work of one process. Raises UserError."""
+    cpu = args.device == "cpu" or not torch.cuda.is_available()
+    if PartialState(cpu=cpu).num_processes > 1:
+        raise UserError("evaluation runs in one process: start it with python.")
+    return torch.device("cpu" if cpu else "cuda")
+
+
+def answer(args, num, reference=None):
+    """The first `num` held-out prompts answered by each of args.models, with the noise of a training run's evaluations.
+    Returns the texts of P prompts, [texts of P responses] of each policy, [{"reward", "gold", "length", …: [P]}] of
+    each, where rewards are from. With a `reference`, "" for where the first run started, "kl" too. Raises UserError."""
+    device, record = set_up_device(args), first_record(args.models)
+    base = record["args"]["model"] if record else args.models[0]
+    args.dataset = args.dataset or ("tiny" if base == "tiny" else "hh")
+    paths = [find_policy(name) for name in args.models]
+    if reference is not None:
+        start = record["policy"] if record and base != "tiny" else base
+        reference_path = find_policy(reference or start)
+        reference = load_model(AutoModelForCausalLM, reference_path, "--reference", device, args)
+        print(f"reference     {reference_path} (--reference changes it)")
+    for i, path in enumerate(paths):
+        policy = load_model(AutoModelForCausalLM, path, "policy", device, args)
+        tokenizer, end_ids = load_tokenizer(path, policy, args)
+        print(f"policy {i + 1:<6} {path}")
+        if i == 0:
+            needed = not getattr(args, "judge_url", "")
+            judges, sources, _ = load_judges(args, base, tokenizer, device, needed)
+            prompts = load_prompts(tokenizer, args.dataset, args.max_prompt_tokens, args.truncate_prompts)[1]
+            prompts, vocabulary = prompts[: args.eval_prompts], tokenizer.get_vocab()
+            generator = torch.Generator().manual_seed(args.seed)
+            size = (2, len(prompts), args.max_response_tokens)  # a run's first half is for its SFT policy
+            noise = torch.rand(size, dtype=torch.float64, generator=generator)[1][:num]
+            prompts, texts, values = prompts[: len(noise)], [], []
+        if tokenizer.get_vocab() != vocabulary:
+            raise UserError(f"{path}: its tokens are not those of {paths[0]}; only like can be compared.")
+        if reference and policy.config.vocab_size != reference.config.vocab_size:
+            raise UserError(f"{path}: its tokens are not those of the reference; pass --reference.")
+        sample = partial(sample_responses, policy, temperature=args.temperature, end_ids=end_ids)
+        responses = [y for y, _ in in_batches(sample, prompts, noise, args.sampling_batch_size)]
+        values.append({name: judge(prompts, responses).double() for name, judge in judges.items()})
+        values[i]["length"], values[i]["eos_rate"] = torch.tensor([(len(y), y[-1] in end_ids) for y in responses]).T
+        if reference:
+            token_kl = partial(response_kl, policy, reference, temperature=args.temperature)
+            values[i]["kl"] = in_batches(token_kl, prompts, responses, args.micro_batch_size)[:, 0]
+        prompt_texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        whole = [torch.cat(row) for row in zip(prompts, responses)]
+        whole = tokenizer.batch_decode(whole, skip_special_tokens=True)
+        texts.append([y[len(x) :] for x, y in zip(prompt_texts, whole)])
+    return prompt_texts, texts, values, sources | {"dataset": args.dataset}
+
+
+def table(header, rows):
+    """A markdown table that is a table in the terminal too."""
+    rows = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*rows)]
+    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |" for row in rows]
+    return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]])
+
+
+def write(file, text):
+    """A file, whole or not at all. Raises UserError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(text)
+        part.rename(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error}).") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- frontier
+def read_run(folder, key):
+    """The record of a run, and its frontier as a list of points. Raises UserError."""
+    record, file, points = read_record(folder), Path(folder) / "frontier.jsonl", []
+    if not file.is_file():
+        raise UserError(f"{folder}: the run has no frontier.jsonl, so it evaluated nothing yet or is of another kind.")
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            point = json.loads(line)
+            wrong = [k for k in ("step", "kl", key) if not math.isfinite(point.get(k, math.nan))]
+        except (ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"{file}: line {number} is no point of a frontier ({error}).") from error
+        if wrong:
+            raise UserError(f"{file}: line {number} has no number for {', '.join(wrong)}; found {', '.join(point)}.")
+        points.append(point)
+    if not points:
+        raise UserError(f"{file} is empty: the run evaluated nothing yet.")
+    return record, points
+
+
+def group_runs(runs, key):
+    """{label: [(seed, points)]}: runs that differ in the seed alone are one curve, labelled with the script and with
+    what the curves of the same script differ in. runs: [(folder, record, points)]. Raises UserError."""
+    folder, first, _ = runs[0]
+    for other, record, _ in runs:
+        wanted, found = ({"dataset": r["args"]["dataset"], "reward": reward_of(r)} for r in (first, record))
+        if key == "gold":
+            wanted["gold_fn"], found["gold_fn"] = (r["args"].get("gold_fn") for r in (first, record))
+        if differing := [f"{k} {found[k]!r}, not {wanted[k]!r}" for k in found if found[k] != wanted[k]]:
+            raise UserError(f"{other} cannot be drawn with {folder}: it has {' and '.join(differing)}.")
+    groups, settings = defaultdict(list), {}
+    for folder, record, points in runs:
+        kept = {"script": record["script"], **{k: v for k, v in record["args"].items() if k not in SAME_CURVE}}
+        curve = json.dumps(kept, sort_keys=True)
+        if any(record["args"]["seed"] == seed for seed, _ in groups[curve]):
+            raise UserError(f"{folder}: another of the runs has the same settings and the same seed.")
+        groups[curve].append((record["args"]["seed"], points))
+        settings[curve] = kept
+    labels = {}
+    for curve, kept in settings.items():
+        siblings = [other for other in settings.values() if other["script"] == kept["script"]]
+        differing = [k for k in set().union(*siblings) if any(other.get(k) != kept.get(k) for other in siblings)]
+        flags = [f"--{k.replace('_', '-')} {kept.get(k)}" for k in sorted(differing)]
+        labels[curve] = " ".join([kept["script"], *flags])
+    return {labels[curve]: sorted(group, key=lambda run: run[0]) for curve, group in groups.items()}
+
+
+def mean_and_se(values):
+    """Mean, and its standard error, None for a single value."""
+    values = np.asarray(values, dtype=float)
+    return values.mean().item(), values.std(ddof=1).item() / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def curve_numbers(group, key, kls):
+    """The numbers of a curve: its mean path over the seeds, the reward at each of the KLs, a linear fit."""
+    by_step = [{point["step"]: point for point in points} for _, points in group]
+    path = []
+    for step in sorted(set.intersection(*map(set, by_step))):
+        points = [run[step] for run in by_step]
+        (kl, kl_se), (reward, reward_se) = (mean_and_se([point[k] for point in points]) for k in ("kl", key))
+        if len(points) == 1:
+            kl_se, reward_se = points[0].get("kl_se"), points[0].get(f"{key}_se")
+        path.append({"step": step, "kl": kl, "kl_se": kl_se, "reward": reward, "reward_se": reward_se})
+    paths = [[(point["kl"], point[key]) for point in points] for _, points in group]
+    largest = [max(kl for kl, _ in points) for points in paths]
+    rewards = {}
+    for kappa in kls:
+        reward, reward_se = mean_and_se([reward_at(points, kappa) for points in paths])
+        reached = {"reached": min(largest) >= kappa, "largest_kl": min(largest)}
+        rewards[f"{kappa:g}"] = {"reward": reward if math.isfinite(reward) else None, "reward_se": reward_se, **reached}
+    x, y = np.array([point for points in paths for point in points]).T
+    fit = None
+    if np.ptp(x) > 0:
+        b, a = np.polyfit(x, y, 1).tolist()
+        fit = {"a": a, "b": b, "r2": 1 - float(np.var(y - a - b * x) / (np.var(y) or 1))}
+    return {"seeds": [seed for seed, _ in group], "path": path, "reward_at": rewards, "fit": fit}
+
+
+def read_limit(file, runs):
+    """limit.json, if it is of the runs' dataset, reward, model and temperature. Raises UserError."""
+    try:
+        limit = json.loads(Path(file).read_text())
+        found = limit["args"] | {"reward": reward_of(limit), "model": limit["base_name"]}
+        reference = {name: limit[f"ref_{name}"] for name in JUDGES if name in limit["curve"][0]}
+        limit["curve"].insert(0, {"kl": 0.0, "trusted": True, **reference})
+        limit["best_of_n"][0]["kl"]  # noqa: B018
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--limit {file}: it is no limit.json ({type(error).__name__}: {error}).") from error
+    for folder, record, _ in runs:
+        wanted = record["args"] | {"reward": reward_of(record), "model": record.get("base_name")}
+        for key in ("dataset", "reward", "model", "temperature"):
+            if found[key] != wanted.get(key, found[key]):
+                raise UserError(f"--limit {file}: it has {key} {found[key]!r}, {folder} has {wanted[key]!r}.")
+    return limit
+
+
+def draw(file, title, key, curves, limit):
+    """The picture: reward over KL, a band of ± a standard error; limit and best of n as grey and black references."""
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    largest = 1.1 * max([point["kl"] for curve in curves.values() for point in curve["path"]] + [0.1])
+    if limit:
+        best = [row for row in limit["best_of_n"] if row["kl"] <= largest]
+        kl, reward = (np.array([row[k] for row in limit["curve"]]) for k in ("kl", key))
+        grid = np.linspace(0, min(largest, kl[-1]), 200)
+        trusted = grid <= max(row["kl"] for row in limit["curve"] if row["trusted"])
+        what = "limit: no policy has more reward at this KL" if key == "reward" else "gold at the limit of the reward"
+        labels = f"{what} ({limit['num_samples']:,} samples a prompt)", "the same, from too few samples: too low"
+        beyond = ~trusted | np.append(~trusted[1:], False)  # from where the other ends
+        for part, style, label in zip((trusted, beyond), ("-", ":"), labels):
+            if part.any():
+                x, y = grid[part], np.interp(grid[part], kl, reward)
+                axes.plot(x, y, style, color="0.55", linewidth=2.5, label=label)
+        points = zip(*[(row["kl"], row[key]) for row in best])
+        axes.plot(*points, "k--x", linewidth=1, label="best of n samples of the reference, KL at most log n − (n−1)/n")
+        for row in best[1:]:
+            axes.annotate(f"n = {row['n']}", (row["kl"], row[key]), (4, -12), textcoords="offset points", fontsize=8)
+    for i, (label, curve) in enumerate(curves.items()):
+        colour, seeds = COLOURS[i % len(COLOURS)], len(curve["seeds"])
+        kl, reward, se = (np.array([point[k] or 0 for point in curve["path"]]) for k in ("kl", "reward", "reward_se"))
+        style = {"color": colour, "linestyle": ("-", "--", "-.")[i // len(COLOURS) % 3]}
+        axes.plot(kl, reward, "o", markersize=4, **style, label=f"{label} ({seeds} seed{'s' * (seeds > 1)})")
+        axes.fill_between(kl, reward - se, reward + se, color=colour, alpha=0.2, linewidth=0)
+    axes.set_xlim(0, largest)
+    axes.set_xlabel("KL(π‖π_ref), nats a response: how far the policy has moved from where it started")
+    axes.set_ylabel(f"{key}, mean over held-out prompts")
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="best", fontsize=9)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def frontier(args):
+    """The subcommand. Returns what it writes."""
+    folders = list({Path(run).resolve(): run for run in args.runs}.values())
+    if not folders:
+        raise UserError("frontier: expected the folder of a run, as runs/p3o_v2/tiny/tiny.")
+    if args.output.suffix != ".png":
+        raise UserError(f"--output {args.output}: expected a name that ends in .png.")
+    key, runs = args.reward, [(run, *read_run(run, args.reward)) for run in folders]
+    curves = {label: curve_numbers(group, key, args.kls) for label, group in group_runs(runs, key).items()}
+    bound, rows = read_limit(args.limit, runs) if args.limit else None, []
+    if bound and key not in bound["curve"][0]:
+        raise UserError(f"--limit {args.limit}: it has no {key}.")
+    for label, curve in curves.items():
+        cells = [label, len(curve["seeds"])]
+        for kappa, found in curve["reward_at"].items():
+            se = "" if found["reward_se"] is None else f" ± {found['reward_se']:.2f}"
+            reached = "" if found["reached"] else f" (KL ≤ {found['largest_kl']:.2f})"
+            cells.append("none" if found["reward"] is None else f"{found['reward']:.2f}{se}{reached}")
+            if bound and key == "reward" and found["reward"] is not None:
+                best = np.interp(float(kappa), *([row[k] for row in bound["curve"]] for k in ("kl", "reward")))
+                found["limit"], gain = best.item(), best.item() - bound["ref_reward"]
+                found["share"] = (found["reward"] - bound["ref_reward"]) / gain if gain > 0 else None
+                cells[-1] += f", {found['share']:.0%}" if gain > 0 else ""
+        fit = curve["fit"]
+        rows.append([*cells, f"{fit['a']:.2f} + {fit['b']:.2f}·KL, R² {fit['r2']:.2f}" if fit else "none"])
+    for name, points in (("limit", bound["curve"]), ("best of n", bound["best_of_n"])) if bound else ():
+        x, y = ([row[k] for row in points] for k in ("kl", key))
+        trusted = max([row["kl"] for row in points if row.get("trusted", True)], default=0)
+        at = [f"{np.interp(k, x, y):.2f}{'' if k <= trusted else ' (too few samples)'}" for k in args.kls]
+        rows.append([name, "", *at, ""])
+    dataset, models = runs[0][1]["args"]["dataset"], ", ".join(sorted({str(r[1].get("base_name")) for r in runs}))
+    title = f"{key.capitalize()} and KL while training: dataset {short_name(dataset)}, model {models}"
+    several = any(len(curve["seeds"]) > 1 for curve in curves.values())
+    note = "bands: ± a standard error over " + ("seeds (of a single one: over prompts)" if several else "prompts")
+    draw(args.output, f"{title}\n{note}", key, curves, bound)
+    share = ", share of the limit's gain" if bound and key == "reward" else ""
+    print(table(["curve", "seeds", *(f"{key} at KL ≤ {k:g}{share}" for k in args.kls), "linear fit"], rows))
+    result = {"reward": key, "dataset": dataset, "models": models, "curves": curves}
+    result |= {"limit": bound and {k: bound[k] for k in ("ref_reward", "num_samples", "curve", "best_of_n")}}
+    write(args.output.with_suffix(".json"), json.dumps(result, indent=1))
+    print(f"\n{args.output}, {args.output.with_suffix('.json')}")
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------- limit
+def open_samples(file, inputs, overwrite):
+    """{"reward", maybe "gold": [P, n]} of the samples so far, if they are of the same inputs. Raises UserError."""
+    if not file.is_file() or overwrite:
+        return {}
+    try:
+        saved = torch.load(file)
+        before, values = saved["inputs"], saved["values"]
+    except Exception as error:
+        wrong = f"is damaged ({type(error).__name__}: {error})"
+        raise UserError(f"{file} {wrong}. Pass --overwrite to sample anew, or another --output-dir.") from error
+    if changed := [f"{k} {before.get(k)!r} (now {inputs[k]!r})" for k in inputs if before.get(k) != inputs[k]]:
+        wrong = f"is of other samples, with {', '.join(changed)}"
+        raise UserError(f"{file} {wrong}. Pass --overwrite to replace them, or another --output-dir.")
+    return values
+
+
+def limit(args):
+    """The subcommand. Returns what it writes."""
+    device = set_up_device(args)
+    args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
+    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
+        args.model = f"EleutherAI/{args.model}"
+    policy_path = find_stage("sft", args.model, args.dataset) or args.model
+    reference = load_model(AutoModelForCausalLM, policy_path, "--model", device, args)
+    tokenizer, end_ids = load_tokenizer(policy_path, reference, args)
+    print(f"reference     {policy_path} (--model changes it)")
+    judges, sources, reward_model = load_judges(args, args.model, tokenizer, device)
+    prompts = load_prompts(tokenizer, args.dataset, args.max_prompt_tokens, args.truncate_prompts)[1]
+    prompts = prompts[: args.eval_prompts]
+    base = "tiny" if args.model == "tiny" else short_name(policy_path)
+    folder = Path(args.output_dir or f"runs/limit/{short_name(args.dataset)}/{base}")
+    print(f"folder        {folder} (--output-dir changes it)")
+
+    # ------------------------------------------------------------------------- samples, saved after each round
+    record = {"args": json.loads(json.dumps(asdict(args))), "base_name": base, "policy": policy_path}
+    record |= {"script": "limit", **sources, "num_prompts": len(prompts)}
+    inputs = {k: record["args"][k] for k in ("seed", "temperature", "max_response_tokens", "dtype")}
+    parts = {"reference": (policy_path, reference), "reward": (sources["reward"], reward_model)}
+    parts |= {"prompts": (args.dataset, None), "gold": (sources["gold"], None)}
+    for name, (path, model) in parts.items():
+        tensors = prompts if name == "prompts" else model.state_dict().values() if model else ()
+        script = Path(path.rpartition(":")[0])
+        tensors = tensors or [torch.frombuffer(bytearray(script.read_bytes()), dtype=torch.uint8)] if path else ()
+        inputs[name] = f"{short_name(path)} {fingerprint(tensors)}" if path else ""
+    values = open_samples(folder / "rewards.pt", inputs, args.overwrite)
+    done = values["reward"].shape[1] if values else 0
+    if done:
+        print(f"samples       {done:,} a prompt made before")
+    rounds = range(done // ROUND, math.ceil(args.num_samples / ROUND))
+    sample = partial(sample_responses, reference, temperature=args.temperature, end_ids=end_ids)
+    for number in tqdm(rounds, desc="limit", unit=f"x {ROUND * len(prompts):,} samples", disable=not rounds):
+        generator = torch.Generator().manual_seed(args.seed + 1_000_003 * (number + 1))
+        size = (len(prompts) * ROUND, args.max_response_tokens)
+        noise = torch.rand(size, dtype=torch.float64, generator=generator)
+        responses = [y for y, _ in in_batches(sample, prompts, noise, args.sampling_batch_size)]
+        fours = [x for x in prompts for _ in range(ROUND // 4)]  # scored four to a row: measured to be fastest
+        for name, judge in judges.items():
+            new = judge(fours, responses).view(len(prompts), ROUND)
+            values[name] = torch.cat([values[name], new], 1) if name in values else new
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save({"inputs": inputs, "values": values}, folder / "rewards.part")
+            (folder / "rewards.part").rename(folder / "rewards.pt")
+        except OSError as error:
+            raise RunError(f"{folder}/rewards.pt could not be written ({error}).") from error
+
+    # ------------------------------------------------------------------------- curves
+    N = args.num_samples
+    rewards, gold = (values[k][:, :N] if k in values else None for k in ("reward", "gold"))
+    spread = rewards.double().std(1).mean().item() or 1.0
+    temperatures = sorted(args.b_values or (spread * 10 ** np.linspace(2, -2, 121)).tolist(), reverse=True)
+    curve = {"b": temperatures, **{k: v.tolist() for k, v in limit_curve(rewards, temperatures, gold).items()}}
+    halves = limit_curve(rewards[:, : N // 2 * 2].reshape(-1, N // 2), temperatures)  # both, each as if it were all
+    rows = [dict(zip(curve, row)) for row in zip(*curve.values())]
+    for row in rows:
+        row["trusted"] = row["ess"] >= 50 and row["kl"] < math.log(N) - 4.5
+        inside = row["kl"] <= halves["kl"][-1]
+        half = np.interp(row["kl"], halves["kl"], halves["reward"])
+        row["more_than_half"] = row["reward"] - half if inside else None  # at equal KL
+    means = {f"ref_{k}": v.double().mean().item() for k, v in (("reward", rewards), ("gold", gold)) if v is not None}
+    best = []
+    for n in (2**k for k in range(N.bit_length()) if 4 * 2**k <= max(N, 4)):
+        best.append({"n": n, "kl": math.log(n) - (n - 1) / n, "reward": best_of_n(rewards, n, rewards)})
+        best[-1] |= {"gold": best_of_n(rewards, n, gold)} if gold is not None else {}
+    result = record | {"num_samples": N, **means, "curve": rows, "best_of_n": best}
+    write(folder / "limit.json", json.dumps(result, indent=1))
+
+    trusted = max([row["kl"] for row in rows if row["trusted"]], default=0.0)
+    shown = [["reference", *(f"{means[f'ref_{k}']:.3f}" for k in judges), "", ""]]
+    for kappa in (k for k in (0.25, 0.5, 1, 2, 3, 4, 5, 6) if curve["kl"][0] <= k <= curve["kl"][-1]):
+        numbers = [np.interp(kappa, curve["kl"], curve[k]) for k in (*judges, "ess")]
+        change = numbers[0] - np.interp(kappa, halves["kl"], halves["reward"])
+        change = f"{change:+.3f}" if kappa <= halves["kl"][-1] else ""
+        note = "" if kappa <= trusted else " (too few samples)"
+        shown.append([f"KL {kappa:g}{note}", *(f"{x:.3f}" for x in numbers[:-1]), f"{numbers[-1]:.0f}", change])
+    shown += [[f"best of {r['n']} (KL ≤ {r['kl']:.2f})", *(f"{r[k]:.3f}" for k in judges), "", ""] for r in best[1:]]
+    print(table(["limit", *judges, "effective samples", "more than with N/2"], shown))
+    print(f"\nN = {N:,} samples to each of {len(prompts)} prompts; trusted up to KL {trusted:.2f}. {folder}/limit.json")
+    return result
+
+
+# -------------------------------------------------------------------------------------------------- compare and samples
+def read_verdict(reply):
+    """1, 0 or ½ for A, B or tie as the last line of a reply. Raises ValueError."""
+    line = re.sub(r"[^a-z]+", " ", ([""] + reply.strip().splitlines())[-1].lower()).strip()
+    match = re.fullmatch(r"(?:(?:my |the |final )*(?:answer|verdict|response|choice) )?(?:is )?(a|b|tie)", line)
+    if not match:
+        raise ValueError(f"no verdict in the reply {reply!r:.60}")
+    return {"a": 1.0, "b": 0.0, "tie": 0.5}[match[1]]
+
+
+def judge_wins(args, rows):
+    """Wins of the first answer of each (prompt, answer, other answer): 1, ½ or 0, the mean over both orders of asking,
+    None where one stays without a verdict. Equal answers tie unasked. Prints how many are unjudged."""
+    url, cache, lock, failures = f"{args.judge_url.rstrip('/')}/chat/completions", {}, threading.Lock(), []
+    headers = {"Content-Type": "application/json"}
+    if os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+    try:
+        args.judge_cache.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(args.judge_cache, "a+")
+        stream.seek(0)
+        saved = stream.read()
+    except OSError as error:
+        raise UserError(f"--judge-cache {args.judge_cache}: it cannot be written ({error}).") from error
+    for line in saved.splitlines():
+        with suppress(ValueError, LookupError, TypeError, AttributeError):  # of a line that was cut
+            row = json.loads(line)
+            cache[row["key"]] = read_verdict(row["reply"])
+    stream.write("" if saved.endswith("\n") or not saved else "\n")
+
+    def ask(row):
+        if row[1] == row[2]:
+            return 0.5
+        prompt, a, b = (text.strip() for text in row)
+        text = f"Which of two answers to the end of this conversation is better?\n\n[Conversation]\n{prompt}\n\n"
+        text += f"[Answer A]\n{a}\n\n[Answer B]\n{b}\n\nReply with one word: A, B or tie."
+        body = {"model": args.judge_model, "messages": [{"role": "user", "content": text}], "temperature": 0}
+        key = json.dumps([url, body["model"], body["messages"]])
+        key = hashlib.sha256(key.encode()).hexdigest()
+        body |= {"max_tokens": args.judge_max_tokens} if args.judge_max_tokens else {}
+        for attempt in range(0 if key in cache else args.judge_retries + 1):
+            if attempt:
+                time.sleep(min(0.25 * 2**attempt, 8))
+            try:
+                request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+                with urllib.request.urlopen(request, timeout=args.judge_timeout) as response:
+                    reply = json.loads(response.read())["choices"][0]["message"]["content"]
+                win = read_verdict(reply)
+                with lock:
+                    cache[key] = win
+                    stream.write(json.dumps({"key": key, "reply": reply}) + "\n")
+                    stream.flush()
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                break
+        else:
+            if key not in cache:
+                failures.append(reason)
+        return cache.get(key)
+
+    orders = [order for x, a, b in rows for order in ((x, a, b), (x, b, a))]
+    with stream, ThreadPoolExecutor(args.judge_workers) as pool:
+        found = list(tqdm(pool.map(ask, orders), total=len(orders), desc="judge", unit="reply"))
+    wins = [None if None in (a, b) else (a + 1 - b) / 2 for a, b in zip(found[::2], found[1::2])]
+    print(f"judge         {len(wins):,} pairs, {wins.count(None):,} unjudged", end="")
+    print(f" (the last because of {failures[-1]})" if failures else "")
+    return wins
+
+
+def win_rate(wins):
+    """Mean of the wins (1, ½, 0) of one answer over another, [prompts], and its 95 % interval: Wilson's score interval,
+    which ties make a little too wide."""
+    if not len(wins):
+        return {"win_rate": None, "low": None, "high": None, "prompts": 0}
+    share, z = wins.double().mean().item(), 1.96**2 / len(wins)
+    centre, half = (share + z / 2) / (1 + z), (z * share * (1 - share) + z**2 / 4) ** 0.5 / (1 + z)
+    return {"win_rate": share, "low": centre - half, "high": centre + half, "prompts": len(wins)}
+
+
+def compare(args):
+    """The subcommand. Returns what it writes."""
+    if len(args.models) < 2:
+        raise UserError("compare: expected two policies or more, as runs/p3o_v2/tiny/tiny tiny.")
+    if args.judge_url and (not re.match("https?://", args.judge_url) or not args.judge_model):
+        raise UserError("--judge-url: expected http://… or https://…, and the judge's name in --judge-model.")
+    prompts, texts, values, sources = answer(args, args.eval_prompts, args.reference)
+    M, P, wins = range(len(texts)), len(prompts), {}
+    for name in JUDGES:
+        if name in values[0]:
+            wins[name] = {(i, j): (values[i][name] - values[j][name]).sign() / 2 + 0.5 for i in M for j in M}
+    if args.judge_url:
+        pairs, wins["judge"] = list(combinations(M, 2)), {(i, i): torch.full((P,), 0.5) for i in M}
+        judged = judge_wins(args, [row for i, j in pairs for row in zip(prompts, texts[i], texts[j])])
+        for n, (i, j) in enumerate(pairs):
+            found = torch.tensor([win for win in judged[P * n : P * n + P] if win is not None])
+            wins["judge"][i, j], wins["judge"][j, i] = found, 1 - found
+    means = [{key: mean_and_se(value) for key, value in found.items()} for found in values]
+    rows = [[i + 1, args.models[i], *(f"{mean:.3f} ± {se:.3f}" for mean, se in means[i].values())] for i in M]
+    print("\n" + table(["", "policy", *means[0]], rows))
+    matrices = {name: [[win_rate(found[i, j]) for j in M] for i in M] for name, found in wins.items()}
+    for name, matrix in matrices.items():
+        rows = [
+            [i + 1] + ["{win_rate:.3f} [{low:.3f}, {high:.3f}]".format(**x) if x["prompts"] else "none" for x in row]
+            for i, row in enumerate(matrix)
+        ]
+        print(f"\nWin rates by {name}: row against column, a tie is half a win [95 % interval over prompts: Wilson]\n")
+        print(table(["", *(i + 1 for i in M)], rows))
+    policies = [{"policy": args.models[i], **{k: m for k, (m, _) in means[i].items()}} for i in M]
+    for i in M:
+        policies[i] |= {f"{k}_se": se for k, (_, se) in means[i].items()}
+    result = {"args": json.loads(json.dumps(asdict(args), default=str)), **sources, "num_prompts": P}
+    result |= {"policies": policies, "wins": matrices}
+    write(args.output, json.dumps(result, indent=1))
+    print(f"\n{args.output}")
+    return result
+
+
+def samples(args):
+    """The subcommand. Returns the text that it prints and writes."""
+    if not args.models:
+        raise UserError("samples: expected a policy, as runs/p3o_v2/tiny/tiny.")
+    prompts, texts, values, _ = answer(args, args.num)
+    wrap, parts = textwrap.TextWrapper(110, initial_indent="    ", subsequent_indent="    ").fill, []
+    for i, prompt in enumerate(prompts):
+        parts += [f"## Prompt {i + 1}", *map(wrap, prompt.strip().splitlines())]
+        for name, responses, found in zip(args.models, texts, values):
+            numbers = [f"{key} {found[key][i]:.2f}" for key in JUDGES if key in found]
+            numbers += [
+                f"{found['length'][i]:.0f} tokens" + ("" if found["eos_rate"][i] else ", cut at the length limit")
+            ]
+            parts += [f"**{name}**: {', '.join(numbers)}", *map(wrap, responses[i].strip().splitlines())]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    write(args.output, text)
+    print(f"\n{text}\n{args.output}")
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+COMMANDS = {"frontier": Frontier, "limit": Limit, "compare": Compare, "samples": Samples}
+
+
+def main(args):
+    check(args)
+    return {Frontier: frontier, Limit: limit, Compare: compare, Samples: samples}[type(args)](args)
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    config = (tyro.conf.FlagCreatePairsOff,)
+    args = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__, config=config)
+    try:
+        if isinstance(args, Compare | Samples):  # once more, with what the first run sets as the defaults
+            default = type(args)(**settings_of_run(args))
+            args = tyro.cli(type(args), args=sys.argv[2:], default=default, config=config)
+        main(args)
+    except (UserError, RunError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        if args.debug:
+            raise
+        code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        hints = []
+        if isinstance(args, Limit) and code != 2:
+            hints += ["What was saved is kept: the same command goes on."]
+        if isinstance(error, torch.OutOfMemoryError):
+            hints += ["Less memory: --micro-batch-size, --sampling-batch-size, --dtype bfloat16"]
+        tqdm.write("\n".join([f"{NAME}.py: {error or 'interrupted'}", *hints]), file=sys.stderr)
+        sys.exit(code)
