@@ -1,0 +1,508 @@
+"""evaluate.py: its estimates against exact ones, its pictures and tables on made-up and real runs, its judge against a
+server that misbehaves and against a real one."""
+
+import itertools
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Script, run
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+import evaluate
+from evaluate import Compare, Frontier, UserError, best_of_n, limit_curve, read_verdict, reward_at, win_rate
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = "--prompts-per-update 8 --num-epochs 2 --minibatch-size 4 --max-response-tokens 48 --eval-prompts 16".split()
+SMALL_LIMIT = "limit --eval-prompts 4 --max-response-tokens 24 --output-dir limit".split()
+
+
+# ------------------------------------------------------------------------------------------------------------ estimates
+@pytest.fixture(scope="module")
+def world():
+    """A policy whose answers can be counted: [P, V] probabilities and rewards, and N answers [P, N] drawn from it."""
+    generator = torch.Generator().manual_seed(1)
+    probs = torch.randn(6, 40, dtype=torch.float64, generator=generator).softmax(1)
+    rewards = torch.randn(6, 40, dtype=torch.float64, generator=generator)
+    return probs, rewards, torch.multinomial(probs, 50_000, replacement=True, generator=generator)
+
+
+def exact_curve(probs, rewards, temperatures):
+    for b in temperatures:
+        logp = (probs.log() + rewards / b).log_softmax(1)
+        p = logp.exp()
+        yield (p * (logp - probs.log())).sum(1).mean().item(), (p * rewards).sum(1).mean().item()
+
+
+def test_limit_is_the_exact_frontier(world):
+    probs, rewards, drawn = world
+    temperatures = [10 ** (2 - i / 100) for i in range(400)]
+    exact = list(exact_curve(probs, rewards, temperatures))
+    curve = limit_curve(rewards.gather(1, drawn), temperatures[::20], gold=-rewards.gather(1, drawn))
+    start, checked = (probs * rewards).sum(1).mean().item(), 0
+    for kl, reward, ess, gold in zip(*(curve[key].tolist() for key in ("kl", "reward", "ess", "gold"))):
+        assert gold == pytest.approx(-reward)
+        if 0.1 < kl < math.log(drawn.shape[1]) - 4.5 and ess >= 50:
+            best = reward_at(exact, kl)
+            assert reward == pytest.approx(best, abs=0.01 * (best - start))
+            checked += 1
+    assert checked >= 8
+    assert (curve["kl"].diff() > 0).all() and (curve["reward"].diff() > 0).all()
+
+
+def test_limit_of_equal_rewards_is_the_reference():
+    curve = limit_curve(torch.ones(2, 8), [0.1, 1.0])
+    assert curve["kl"].tolist() == pytest.approx([0, 0]) and curve["ess"].tolist() == pytest.approx([8, 8])
+    assert curve["reward"].tolist() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_best_of_n_is_the_mean_over_all_draws(n):
+    generator = torch.Generator().manual_seed(n)
+    rewards, gold = torch.randn(2, 2, 6, generator=generator)
+    bests = [max(draw, key=lambda i: row[i]) for row in rewards for draw in itertools.combinations(range(6), n)]
+    prompt = [p for p in range(2) for _ in itertools.combinations(range(6), n)]
+    for values in (rewards, gold):
+        expected = sum(values[p, i].item() for p, i in zip(prompt, bests)) / len(bests)
+        assert best_of_n(rewards, n, values) == pytest.approx(expected, rel=1e-6)
+
+
+def test_best_of_n_is_that_of_fresh_draws(world):
+    probs, rewards, drawn = world
+    order = rewards.argsort(dim=1)
+    cdf = probs.gather(1, order).cumsum(1) ** 8  # of the best of 8
+    best = (cdf.diff(dim=1, prepend=torch.zeros(6, 1)) * rewards.gather(1, order)).sum(1).mean().item()
+    found = rewards.gather(1, drawn)
+    assert best_of_n(found, 8, found) == pytest.approx(best, abs=0.01)
+
+
+PATH = [(0.0, 1.0), (1.0, 3.0), (2.0, 2.0)]
+
+
+@pytest.mark.parametrize(
+    "points, kappa, expected",
+    [
+        (PATH, 0.5, 2.0),  # crossed between two points
+        (PATH, 1.0, 3.0),
+        (PATH, 2.0, 3.0),  # the best so far, not the last
+        (PATH, 9.0, 3.0),  # never reached
+        ([(0.0, 1.0), (3.0, 4.0), (1.0, 3.5)], 2.0, 3.75),  # crossed on the way back, above
+        ([(0.0, 1.0), (3.0, 4.0), (1.0, 3.5)], 1.0, 3.5),
+        ([(0.0, 1.0)], 1.0, 1.0),
+        ([(1.0, 1.0), (1.0, 2.0)], 1.0, 2.0),  # no division by the distance of equal KLs
+    ],
+)
+def test_reward_at(points, kappa, expected):
+    assert reward_at(points, kappa) == pytest.approx(expected)
+
+
+def test_reward_where_a_path_never_is():
+    assert math.isnan(reward_at([(2.0, 1.0), (3.0, 2.0)], 1.0))
+
+
+def test_win_rate_and_its_interval():
+    found = win_rate(torch.tensor([1.0] * 60 + [0.5] * 20 + [0.0] * 20))
+    assert found["win_rate"] == 0.7 and found["prompts"] == 100
+    assert (found["low"], found["high"]) == pytest.approx((0.6042, 0.7811), abs=1e-4)  # Wilson's, of 70 in 100
+    assert win_rate(torch.ones(10))["low"] < 0.8 and win_rate(torch.ones(0))["win_rate"] is None
+
+
+# ------------------------------------------------------------------------------------------------------------- frontier
+def make_run(folder, seed, points, script="p3o_v2", reward="somewhere/tiny/reward_model", **changes):
+    folder.mkdir(parents=True)
+    args = {"seed": seed, "output_dir": str(folder), "model": "tiny", "dataset": "tiny", "beta": 0.05} | changes
+    record = {"script": script, "base_name": "tiny", "policy": "", "reward": reward, "args": args}
+    (folder / "args.json").write_text(json.dumps(record))
+    rows = [{"step": i, "kl": kl, "kl_se": 0.1, "reward": r, "reward_se": 0.2, "gold": -r} for i, (kl, r) in points]
+    (folder / "frontier.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two seeds of one curve, one run of another and one of another script."""
+    first = make_run(tmp_path / "a", 1, enumerate([(0, 1), (1, 2), (3, 4)]))
+    second = make_run(tmp_path / "b", 2, enumerate([(0, 1), (1, 3), (3, 5)]))
+    third = make_run(tmp_path / "c", 1, enumerate([(0, 1), (0.5, 2)]), beta=0.1)
+    return [first, second, third, make_run(tmp_path / "d", 1, enumerate([(0, 1), (2, 2)]), "ppo")]
+
+
+def make_limit(file, **changes):
+    curve = [{"b": 1, "kl": kl, "reward": 1 + 2 * kl, "ess": 99, "trusted": kl < 2} for kl in (0.5, 1, 2, 5)]
+    args = {"dataset": "tiny", "temperature": 1.0} | changes
+    best = [{"n": 1, "kl": 0, "reward": 1}, {"n": 4, "kl": 0.64, "reward": 2}]
+    limit = {"args": args, "base_name": "tiny", "reward": "tiny/reward_model", "num_samples": 64, "ref_reward": 1.0}
+    Path(file).write_text(json.dumps(limit | {"curve": curve, "best_of_n": best}))
+    return str(file)
+
+
+def test_frontier(runs, tmp_path):
+    limit = make_limit(tmp_path / "limit.json")
+    options = ["--output", "pictures/f.png", "--limit", limit, "--kls", "0.5", "2"]
+    output = run("evaluate", "frontier", *runs, *options, cwd=tmp_path)
+    assert (tmp_path / "pictures/f.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "pictures/f.png").stat().st_size > 20_000
+    curves = json.loads((tmp_path / "pictures/f.json").read_text())["curves"]
+    assert set(curves) == {"p3o_v2 --beta 0.05", "p3o_v2 --beta 0.1", "ppo"}
+    pair, other, ppo = curves["p3o_v2 --beta 0.05"], curves["p3o_v2 --beta 0.1"], curves["ppo"]
+    assert pair["seeds"] == [1, 2] and [point["reward"] for point in pair["path"]] == [1, 2.5, 4.5]
+    assert [point["reward_se"] for point in pair["path"]] == [0, 0.5, 0.5]
+    assert pair["reward_at"]["2"]["reward"] == 3.5 and pair["reward_at"]["2"]["reward_se"] == pytest.approx(0.5)
+    assert pair["reward_at"]["2"]["reached"] and pair["reward_at"]["2"]["share"] == pytest.approx(2.5 / 4)
+    assert pair["reward_at"]["0.5"]["share"] == pytest.approx(0.75)  # (1.75 − 1) / (2 − 1)
+    assert other["reward_at"]["2"] | {"share": 0} == {
+        "reward": 2, "reward_se": None, "reached": False, "largest_kl": 0.5, "limit": 5, "share": 0
+    }  # fmt: skip
+    assert other["path"][1]["reward_se"] == 0.2  # of a single seed: over prompts
+    assert ppo["fit"] == pytest.approx({"a": 1, "b": 0.5, "r2": 1})
+    row = next(line for line in output.splitlines() if "--beta 0.05" in line)
+    assert "1.75 ± 0.25, 75%" in row and "3.50 ± 0.50, 62%" in row
+    assert "2.00 (KL ≤ 0.50)" in output and "1.00 + 0.50·KL, R² 1.00" in output
+    assert re.search(r"\| limit .* 2.00 .* 5.00 \(too few samples\)", output)
+
+
+def test_frontier_of_gold(runs, tmp_path):
+    found = evaluate.frontier(Frontier(tuple(runs[:2]), tmp_path / "f.png", (1.0,), reward="gold"))
+    assert found["curves"]["p3o_v2"]["reward_at"]["1"]["reward"] == -1
+
+
+def test_a_run_given_twice_counts_once(runs, tmp_path):
+    found = evaluate.frontier(Frontier((runs[0], f"{runs[0]}/../a"), tmp_path / "f.png"))
+    assert found["curves"]["p3o_v2"]["seeds"] == [1]
+
+
+def broken(tmp_path, runs, case):
+    folder = Path(runs[0])
+    if case in ("empty", "broken", "number", "list"):
+        text = {"empty": "", "broken": '{"step": 0, "kl"', "number": '{"step": 0, "kl": 0}', "list": "[1]"}[case]
+        (folder / "frontier.jsonl").write_text(text)
+    if case == "no frontier":
+        (folder / "frontier.jsonl").unlink()
+    if case == "args":
+        (folder / "args.json").write_text("{")
+    other = {
+        "dataset": lambda: make_run(tmp_path / "e", 3, [(0, (0, 1))], dataset="hh"),
+        "reward": lambda: make_run(tmp_path / "e", 3, [(0, (0, 1))], reward="my.py:f"),
+        "twice": lambda: make_run(tmp_path / "e", 1, [(0, (0, 1))]),
+        "nowhere": lambda: str(tmp_path / "nowhere"),
+        "no run": lambda: str(tmp_path),
+    }.get(case)
+    return {"runs": (*runs, other()) if other else () if case == "none" else tuple(runs)}
+
+
+@pytest.mark.parametrize(
+    "case, sentence",
+    {
+        "none": "expected the folder of a run",
+        "nowhere": "nowhere: no such folder",
+        "no run": "no run, it has no args.json",
+        "no frontier": "a: the run has no frontier.jsonl",
+        "empty": "frontier.jsonl is empty",
+        "broken": "line 1 is no point of a frontier",
+        "list": "line 1 is no point of a frontier",
+        "number": "line 1 has no number for reward; found step, kl",
+        "args": "args.json is damaged",
+        "dataset": "e cannot be drawn with .*a: it has dataset 'hh', not 'tiny'",
+        "reward": "e cannot be drawn with .*a: it has reward 'my.py:f', not 'tiny'",
+        "twice": "another of the runs has the same settings and the same seed",
+    }.items(),
+)
+def test_frontier_refuses(case, sentence, runs, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        evaluate.frontier(Frontier(**broken(tmp_path, runs, case), output=tmp_path / "f.png"))
+    assert not (tmp_path / "f.png").exists()
+
+
+@pytest.mark.parametrize("changes", [{"dataset": "hh"}, {"temperature": 0.7}])
+def test_frontier_refuses_the_limit_of_something_else(changes, runs, tmp_path):
+    limit = make_limit(tmp_path / "limit.json", **changes)
+    Path(runs[0], "args.json").write_text(
+        Path(runs[0], "args.json").read_text().replace('"beta"', '"temperature": 1.0, "beta"')
+    )
+    with pytest.raises(UserError, match=f"it has {next(iter(changes))} .*, .*a has"):
+        evaluate.frontier(Frontier(tuple(runs[:1]), tmp_path / "f.png", limit=limit))
+
+
+# ------------------------------------------------------------------------------------------- limit, killed and gone on
+def test_limit_killed_goes_on_to_the_same_numbers(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    script = Script("evaluate", *SMALL_LIMIT, "--num-samples", 100_000, cwd=killed)
+    output = run("evaluate", *SMALL_LIMIT, "--num-samples", 96, cwd=whole)
+    file, end = killed / "limit/rewards.pt", time.monotonic() + 120
+    while not file.exists():
+        assert time.monotonic() < end, script.said()
+        time.sleep(0.01)
+    os.kill(script.pid, 9)
+    resumed = run("evaluate", *SMALL_LIMIT, "--num-samples", 96, cwd=killed)
+    assert "a prompt made before" in resumed
+    first, second = (json.loads((folder / "limit/limit.json").read_text()) for folder in (whole, killed))
+    assert first == second and first["num_samples"] == 96 and first["num_prompts"] == 4
+    assert first["curve"][-1]["kl"] > 2 and first["best_of_n"][3]["n"] == 8
+    assert first["best_of_n"][3]["reward"] > first["ref_reward"] and "gold" in first["curve"][0]
+    assert not any(row["trusted"] for row in first["curve"] if row["ess"] < 50)
+    assert "best of 8" in output and "effective samples" in output
+
+    again = run("evaluate", *SMALL_LIMIT, "--num-samples", 64, "--b-values", 3, 1, cwd=whole)  # nothing sampled anew
+    found = json.loads((whole / "limit/limit.json").read_text())
+    assert "a prompt made before" in again and [row["b"] for row in found["curve"]] == [3, 1]
+
+    refused = run("evaluate", *SMALL_LIMIT, "--num-samples", 64, "--temperature", 0.7, cwd=whole, code=2)
+    assert "is of other samples, with temperature 1.0 (now 0.7). Pass --overwrite" in refused
+    file.write_bytes(b"half")
+    assert "rewards.pt is damaged" in run("evaluate", *SMALL_LIMIT, cwd=killed, code=2)
+    run("evaluate", *SMALL_LIMIT, "--num-samples", 32, "--overwrite", cwd=killed)
+
+
+# ---------------------------------------------------------------------------------------- a real run: all but the limit
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real")
+    run("p3o_v2", "--num-updates", 4, "--eval-every", 2, "--seed", 1, *SMALL, "--output-dir", "run", cwd=folder)
+    return folder
+
+
+def test_frontier_of_a_real_run(real_run):
+    assert "p3o_v2" in run("evaluate", "frontier", "run", cwd=real_run)
+    assert (real_run / "runs/frontier.png").stat().st_size > 20_000
+
+
+def test_compare(real_run):
+    output = run("evaluate", "compare", "run", "tiny", "run/model", "--eval-prompts", 16, cwd=real_run)
+    found = json.loads((real_run / "runs/compare.json").read_text())
+    assert found["args"]["max_response_tokens"] == 48  # as the run's
+    last = json.loads((real_run / "run/frontier.jsonl").read_text().splitlines()[-1])
+    trained, start, same = found["policies"]
+    for key in ("reward", "gold", "kl", "length", "eos_rate", "reward_se"):
+        assert trained[key] == pytest.approx(last[key], rel=1e-4, abs=1e-6), key
+    assert start["kl"] == pytest.approx(0, abs=1e-6) and {**same, "policy": ""} == {**trained, "policy": ""}
+    for matrix in (found["wins"]["reward"], found["wins"]["gold"]):
+        assert matrix[0][2]["win_rate"] == matrix[1][1]["win_rate"] == 0.5  # the same policy, the same noise
+        for i, j in itertools.product(range(3), repeat=2):
+            assert matrix[i][j]["win_rate"] + matrix[j][i]["win_rate"] == pytest.approx(1)
+            assert matrix[i][j]["low"] + matrix[j][i]["high"] == pytest.approx(1)
+            assert matrix[i][j]["prompts"] == 16
+    assert "Win rates by gold" in output and re.search(r"\| 3 +\| run/model", output)
+
+
+def test_samples(real_run):
+    output = run("evaluate", "samples", "run", "tiny", "--num", 3, "--eval-prompts", 16, cwd=real_run)
+    text = (real_run / "runs/samples.md").read_text()
+    assert text.strip() in output and text.count("## Prompt") == 3 and text.count("gold ") == 6
+    last = json.loads((real_run / "run/samples.jsonl").read_text().splitlines()[-1])
+    assert f"**run**: reward {last['rewards'][0]:.2f}, gold" in text  # the very answers of the last evaluation
+    assert " ".join(last["responses"][0].split()) in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "command, sentence",
+    {
+        "frontier": "frontier: expected the folder of a run",
+        "frontier run --kls -1": "--kls (-1.0,): expected at least",
+        "frontier run --output f.jpg": "--output f.jpg: expected a name that ends in .png",
+        "frontier run --limit run/args.json": "--limit run/args.json: it is no limit.json",
+        "compare tiny": "compare: expected two policies or more",
+        "compare tiny nowhere": "policy nowhere: no model is there",
+        "compare tiny run --eval-prompts 1": "--eval-prompts 1: expected at least 2",
+        "compare run tiny --judge-url localhost --judge-model m": "--judge-url: expected http",
+        "compare run tiny --judge-url http://localhost/v1": "--judge-url: expected http",
+        "compare half tiny": "half: the run has saved no model yet",
+        "samples": "samples: expected a policy",
+        "samples tiny --reward-fn nowhere.py:f": "--reward-fn nowhere.py:f: expected FILE.py:function",
+        "limit --num-samples 1": "--num-samples 1: expected at least 2",
+        "limit --dataset nowhere.jsonl": "no reward: run reward_model.py",
+    }.items(),
+)
+def test_bad_input(command, sentence, real_run):
+    (real_run / "half").mkdir(exist_ok=True)
+    (real_run / "half/args.json").write_text((real_run / "run/args.json").read_text())
+    if command.startswith("limit --dataset"):
+        command += f" --model {ROOT}/tiny/sft"
+    assert sentence in run("evaluate", *command.split(), cwd=real_run, code=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------- judge
+@pytest.mark.parametrize("reply, win", [("A", 1), ("**B**", 0), (" tie.\n", 0.5), ("I think…\n\nAnswer: b", 0)])
+def test_read_verdict(reply, win):
+    assert read_verdict(reply) == win
+
+
+@pytest.mark.parametrize("reply", ["", "A good answer is B or A", "neither", "A B", "C"])
+def test_no_verdict(reply):
+    with pytest.raises(ValueError, match="no verdict"):
+        read_verdict(reply)
+
+
+@pytest.fixture
+def server():
+    """A judge at server.url that answers what server.reply(answer A, answer B, number of this request) says: a text, a
+    status, or bytes that are the whole body."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = body["messages"][0]["content"]
+            a, b = re.search(r"\[Answer A\]\n(.*)\n\n\[Answer B\]\n(.*)\n\nReply", text, re.DOTALL).groups()
+            httpd.requests.append({**body, "a": a, "b": b, "path": self.path, "headers": dict(self.headers)})
+            reply = httpd.reply(a, b, len(httpd.requests))
+            self.send_response(reply if isinstance(reply, int) else 200)
+            self.end_headers()
+            content = {"choices": [{"message": {"content": reply}}]}
+            self.wfile.write(reply if isinstance(reply, bytes) else json.dumps(content).encode())
+
+        def log_message(self, *_):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.requests, httpd.url = [], f"http://127.0.0.1:{httpd.server_port}/v1"
+    httpd.handle_error = lambda *_: None  # of a client that waits no longer
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+
+
+@pytest.fixture
+def judge(server, tmp_path, monkeypatch):
+    """judge(rows, …) -> evaluate's wins of the rows by that server."""
+    monkeypatch.setattr(evaluate.time, "sleep", lambda _: None)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    def wins(rows, **options):
+        options = {"judge_url": server.url, "judge_model": "m", "judge_cache": tmp_path / "cache.jsonl"} | options
+        return evaluate.judge_wins(Compare(**options), rows)
+
+    return wins
+
+
+ROWS = [("q", "good", "bad"), ("q", "bad", "good"), ("r", "good", "fine"), ("r", "same", "same")]
+
+
+def prefer_good(a, b, _):
+    return "A" if a == "good" else "B" if b == "good" else "tie"
+
+
+def test_judge_asks_in_both_orders_and_never_again(server, judge, monkeypatch, tmp_path):
+    server.reply = prefer_good
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert judge(ROWS) == [1, 0, 1, 0.5]
+    asked = {(request["a"], request["b"]) for request in server.requests}
+    assert asked == {("good", "bad"), ("bad", "good"), ("good", "fine"), ("fine", "good")}
+    assert len(server.requests) <= 6  # equal answers are not asked about; equal questions at once may be
+    for request in server.requests:
+        assert request["path"] == "/v1/chat/completions" and request["headers"]["Authorization"] == "Bearer secret"
+        assert request.keys() - {"a", "b", "path", "headers"} == {"model", "messages", "temperature", "max_tokens"}
+        assert request["temperature"] == 0 and request["model"] == "m"
+    assert "secret" not in (tmp_path / "cache.jsonl").read_text()
+
+    server.requests.clear()
+    assert judge(ROWS) == [1, 0, 1, 0.5] and not server.requests
+    assert judge(ROWS[:1], judge_model="other") == [1] and len(server.requests) == 2
+    assert judge(ROWS[:1], judge_url=server.url + "/") == [1] and len(server.requests) == 2
+
+
+def test_judge_goes_on_after_a_line_that_was_cut(server, judge, tmp_path):
+    server.reply = prefer_good
+    assert judge(ROWS[:1], judge_workers=1) == [1]
+    file = tmp_path / "cache.jsonl"
+    file.write_bytes(file.read_bytes()[:-9])
+    server.requests.clear()
+    assert judge(ROWS[:1]) == [1] and len(server.requests) == 1
+    assert judge(ROWS[:1]) == [1] and len(server.requests) == 1
+    assert "Authorization" not in server.requests[0]["headers"]
+
+
+@pytest.mark.parametrize("bias, win", [("A", 0.5), ("B", 0.5), ("tie", 0.5)])
+def test_judge_who_looks_at_the_position_alone(bias, win, server, judge):
+    server.reply = lambda *_: bias
+    assert judge(ROWS) == [win] * 4
+
+
+@pytest.mark.parametrize("wrong", ["Both are nice.", 500, 429, b"not JSON", b'{"choices": []}', b"[1]", None])
+def test_judge_is_asked_again(wrong, server, judge, capsys):
+    server.reply = lambda a, b, number: wrong if number <= 2 else prefer_good(a, b, number)
+    assert judge(ROWS[:1], judge_workers=1) == [1] and len(server.requests) == 4
+    assert "1 pairs, 0 unjudged" in capsys.readouterr().out
+
+
+def test_judge_without_verdict_is_counted(server, judge, capsys):
+    server.reply = lambda a, b, number: 503 if "fine" in (a, b) else prefer_good(a, b, number)
+    assert judge(ROWS, judge_retries=1) == [1, 0, None, 0.5]
+    assert "4 pairs, 1 unjudged (the last because of HTTPError: HTTP Error 503" in capsys.readouterr().out
+    assert sum("fine" in (request["a"], request["b"]) for request in server.requests) == 4
+    server.reply = prefer_good
+    assert judge(ROWS) == [1, 0, 1, 0.5]  # what was unjudged is asked again
+
+
+def test_judge_who_is_too_slow(server, judge, capsys):
+    release = threading.Event()
+    server.reply = lambda a, b, number: release.wait(30) and prefer_good(a, b, number)
+    assert judge(ROWS[:1], judge_timeout=0.2, judge_retries=1) == [None]
+    release.set()
+    assert "1 unjudged" in capsys.readouterr().out and len(server.requests) == 4
+
+
+def test_judge_who_is_not_there(judge, capsys):
+    assert judge(ROWS[:1], judge_url="http://127.0.0.1:9/v1", judge_retries=1) == [None]
+    assert "refused" in capsys.readouterr().out
+
+
+def test_compare_with_a_judge(real_run, server):
+    server.reply = lambda a, b, _: "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie"
+    options = ["--eval-prompts", 8, "--judge-url", server.url, "--judge-model", "m", "--output", "judged.json"]
+    output = run("evaluate", "compare", "run", "tiny", *options, cwd=real_run)
+    wins = json.loads((real_run / "judged.json").read_text())["wins"]["judge"]
+    assert wins[0][1]["prompts"] == 8 and wins[0][1]["win_rate"] + wins[1][0]["win_rate"] == pytest.approx(1)
+    assert "8 pairs, 0 unjudged" in output and "Win rates by judge" in output
+
+
+def test_real_server(judge, tmp_path):
+    """`transformers serve` with a model that always says "A": a split between the two orders."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=768, tie_word_embeddings=False, eos_token_id=0, **sizes))
+    with torch.no_grad():
+        for weight in (*model.gpt_neox.final_layer_norm.parameters(), *model.get_output_embeddings().parameters()):
+            weight.fill_(0)
+        model.gpt_neox.final_layer_norm.bias.fill_(1)
+        model.get_output_embeddings().weight[tokenizer("A").input_ids[0]] = 1
+    model.save_pretrained(tmp_path / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).parent / "transformers", "serve", tmp_path / "model"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, env=offline, stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 240
+        while True:
+            assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).read()
+                break
+            except OSError:
+                threading.Event().wait(0.1)
+        options = {"judge_url": f"http://127.0.0.1:{port}/v1", "judge_model": str(tmp_path / "model")}
+        assert judge(ROWS[:2], **options, judge_max_tokens=1, judge_retries=0) == [0.5, 0.5]
+        replies = [json.loads(line)["reply"] for line in (tmp_path / "cache.jsonl").read_text().splitlines()]
+        assert {reply.strip() for reply in replies} == {"A"}
+        assert judge([("q", "x", "y")], **options, judge_max_tokens=4, judge_retries=0) == [None]  # it says "AAAA"
+    finally:
+        process.kill()
+        process.wait()
