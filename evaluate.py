@@ -53,7 +53,7 @@ from huggingface_hub import HfApi, constants
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from tyro.conf import Positional
 
@@ -594,6 +594,9 @@ def answer(args, num, reference=None):
     base = record["args"]["model"] if record else args.models[0]
     args.dataset = args.dataset or ("tiny" if base == "tiny" else "hh")
     paths = [find_policy(name) for name in args.models]
+    for path in paths:  # before the first answers: is the last one there?
+        options = {"trust_remote_code": args.trust_remote_code}
+        fetch("model", path, "policy", lambda path=path: AutoConfig.from_pretrained(path, **options))  # noqa: B023
     if reference is not None:
         start = record["policy"] if record and base != "tiny" else base
         reference_path = find_policy(reference or start)

@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 # are paid once. It runs nothing itself, so that no thread is lost in a fork.
 NURSERY = """
 import json, os, runpy, signal, sys, traceback
-import accelerate, datasets, torch, transformers, tyro
+import accelerate, datasets, matplotlib.pyplot, torch, transformers, tyro
 import torch.distributed.fsdp, torch.utils.tensorboard, transformers.cache_utils
 from transformers import AutoTokenizer, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)

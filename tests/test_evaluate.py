@@ -21,7 +21,7 @@ from conftest import Script, run
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import evaluate
-from evaluate import Compare, Frontier, UserError, best_of_n, limit_curve, read_verdict, reward_at, win_rate
+from evaluate import Compare, Frontier, Limit, UserError, best_of_n, limit_curve, read_verdict, reward_at, win_rate
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -236,34 +236,53 @@ def test_frontier_refuses_the_limit_of_something_else(changes, runs, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- limit, killed and gone on
-def test_limit_killed_goes_on_to_the_same_numbers(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir(), killed.mkdir()
-    script = Script("evaluate", *SMALL_LIMIT, "--num-samples", 100_000, cwd=killed)
-    output = run("evaluate", *SMALL_LIMIT, "--num-samples", 96, cwd=whole)
-    file, end = killed / "limit/rewards.pt", time.monotonic() + 120
+def limit(folder, num_samples, **options):
+    """limit.json of a small limit made in this process."""
+    sizes = {"eval_prompts": 4, "max_response_tokens": 24, "output_dir": str(folder), "num_samples": num_samples}
+    evaluate.main(Limit(**sizes, **options))
+    found = json.loads((folder / "limit.json").read_text())
+    assert found["args"].pop("output_dir") == str(folder)
+    return found
+
+
+def test_limit_killed_goes_on_to_the_same_numbers(tmp_path, capsys):
+    script = Script("evaluate", *SMALL_LIMIT, "--num-samples", 100_000, cwd=tmp_path)
+    first, end = limit(tmp_path / "whole", 96), time.monotonic() + 120
+    assert first["num_samples"] == 96 and first["num_prompts"] == 4 and "gold" in first["curve"][0]
+    assert first["curve"][-1]["kl"] > 2 and first["best_of_n"][3]["n"] == 8
+    assert first["best_of_n"][3]["reward"] > first["ref_reward"]
+    assert not any(row["trusted"] for row in first["curve"] if row["ess"] < 50)
+    printed = capsys.readouterr().out
+    assert "best of 8" in printed and "effective samples" in printed and "made before" not in printed
+    file = tmp_path / "limit/rewards.pt"
     while not file.exists():
         assert time.monotonic() < end, script.said()
         time.sleep(0.01)
     os.kill(script.pid, 9)
-    resumed = run("evaluate", *SMALL_LIMIT, "--num-samples", 96, cwd=killed)
-    assert "a prompt made before" in resumed
-    first, second = (json.loads((folder / "limit/limit.json").read_text()) for folder in (whole, killed))
-    assert first == second and first["num_samples"] == 96 and first["num_prompts"] == 4
-    assert first["curve"][-1]["kl"] > 2 and first["best_of_n"][3]["n"] == 8
-    assert first["best_of_n"][3]["reward"] > first["ref_reward"] and "gold" in first["curve"][0]
-    assert not any(row["trusted"] for row in first["curve"] if row["ess"] < 50)
-    assert "best of 8" in output and "effective samples" in output
-
-    again = run("evaluate", *SMALL_LIMIT, "--num-samples", 64, "--b-values", 3, 1, cwd=whole)  # nothing sampled anew
-    found = json.loads((whole / "limit/limit.json").read_text())
-    assert "a prompt made before" in again and [row["b"] for row in found["curve"]] == [3, 1]
-
-    refused = run("evaluate", *SMALL_LIMIT, "--num-samples", 64, "--temperature", 0.7, cwd=whole, code=2)
+    assert limit(tmp_path / "limit", 96) == first
+    assert "a prompt made before" in capsys.readouterr().out
+    refused = run("evaluate", *SMALL_LIMIT, "--temperature", 0.7, cwd=tmp_path, code=2)
     assert "is of other samples, with temperature 1.0 (now 0.7). Pass --overwrite" in refused
-    file.write_bytes(b"half")
-    assert "rewards.pt is damaged" in run("evaluate", *SMALL_LIMIT, cwd=killed, code=2)
-    run("evaluate", *SMALL_LIMIT, "--num-samples", 32, "--overwrite", cwd=killed)
+
+
+def test_limit_uses_the_samples_that_are_there(tmp_path, capsys):
+    first = limit(tmp_path, 64)
+    assert first["curve"][0]["kl"] < 0.01
+    second = limit(tmp_path, 64, b_values=(1.0, 3.0))
+    assert [row["b"] for row in second["curve"]] == [3, 1] and second["best_of_n"] == first["best_of_n"]
+    assert "64 a prompt made before" in capsys.readouterr().out
+    reward = tmp_path / "mine.py"
+    reward.write_text("def f(prompts, responses):\n    return [len(y) for y in responses]\n")
+    with pytest.raises(UserError, match="is of other samples, with reward 'reward_model .*' .now 'mine.py:f"):
+        limit(tmp_path, 64, reward_fn=f"{reward}:f")
+    found = limit(tmp_path, 64, reward_fn=f"{reward}:f", overwrite=True)
+    assert found["ref_reward"] > 10 and found["ref_gold"] == pytest.approx(first["ref_gold"])
+    reward.write_text(reward.read_text().replace("len(y)", "-len(y)"))
+    with pytest.raises(UserError, match="is of other samples, with reward"):  # the same file, another function
+        limit(tmp_path, 64, reward_fn=f"{reward}:f")
+    (tmp_path / "rewards.pt").write_bytes(b"half")
+    with pytest.raises(UserError, match="rewards.pt is damaged"):
+        limit(tmp_path, 64)
 
 
 # ---------------------------------------------------------------------------------------- a real run: all but the limit
