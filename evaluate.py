@@ -1,12 +1,13 @@
 """Evaluate policies: the KL–reward frontier of runs, the limit of that frontier, head-to-head win rates, samples.
 
-frontier   Reward over sequence KL(π‖π_ref) of one or more runs: a picture, the reward at chosen KLs, a linear fit.
-limit      The best reward that any policy has at each KL. It is attained by π*_b(y|x) ∝ π_ref(y|x) exp(r(x, y)/b),
-           of which N samples a prompt from π_ref show reward and KL (self-normalised importance sampling):
-               w_i ∝ exp(r_i / b)      reward Σ w_i r_i      KL log N + Σ w_i log w_i      effective samples 1/Σ w_i²
-           Best of n is the second reference curve: KL at most log n − (n−1)/n.
-compare    The same held-out prompts answered by several policies: win rates by reward, gold and a judge.
-samples    The same prompts answered by several policies, side by side.
+    frontier   Reward over sequence KL(π‖π_ref) of runs: a picture, the reward at chosen KLs, a linear fit.
+    limit      The best reward that any policy has at each KL, that of π*_b(y|x) ∝ π_ref(y|x) exp(r(x, y)/b), from N
+               samples a prompt of π_ref (self-normalised importance sampling), and that of the best of n samples.
+    compare    The same held-out prompts answered by several policies: win rates by reward, gold and a judge.
+    samples    The same, side by side, to read.
+
+    Limit      w_i ∝ exp(r_i / b), reward Σ w_i r_i, KL log N + Σ w_i log w_i, effective samples 1/Σ w_i²
+    Best of n  KL at most log n − (n−1)/n
 
 Shapes: P prompts, N samples to each, T response tokens. Prompts and responses are lists of 1-D id tensors.
 
@@ -16,7 +17,7 @@ Shapes: P prompts, N samples to each, T response tokens. Prompts and responses a
     python evaluate.py compare A B --judge-url http://localhost:8000/v1 --judge-model NAME     (key: OPENAI_API_KEY)
     python evaluate.py samples runs/p3o_v2/tiny/tiny tiny --num 4
 
-A and B are answered for with the noise, and so have the reward and KL, of the last evaluation of a training run.
+Policies answer with the noise of a training run's evaluations, so reward and KL of a run are those of its last one.
 """
 
 import hashlib
@@ -110,7 +111,7 @@ class Frontier:
     runs: Positional[tuple[str, ...]] = ()  # run folders; those that differ in nothing but the seed are one curve
     output: Path = Path(
         "runs/frontier.png"
-    )  # file that is written (the frontier's picture, with its numbers beside it as .json)
+    )  # file to write: a picture (its numbers go beside it, as .json), numbers, text
     kls: tuple[float, ...] = (1.0, 2.0, 4.0)  # KLs at which rewards are given, nats a response
     limit: str = ""  # limit.json of the subcommand limit, drawn and compared with
     reward: Literal["reward", "gold"] = "reward"  # which of the two
@@ -160,7 +161,7 @@ class Compare(Args):
     reference: str = ""  # π_ref of the KL, one of the same forms (default: where the first run started, or the first)
     output: Path = Path(
         "runs/compare.json"
-    )  # file that is written (the frontier's picture, with its numbers beside it as .json)
+    )  # file to write: a picture (its numbers go beside it, as .json), numbers, text
     judge_url: str = ""  # an OpenAI-compatible server, as http://localhost:8000/v1; its key from OPENAI_API_KEY
     judge_model: str = ""  # name of the judge on that server
     judge_timeout: float = 60.0  # seconds to wait for a reply
@@ -178,7 +179,7 @@ class Samples(Args):
     num: int = 8  # prompts shown, the first ones
     output: Path = Path(
         "runs/samples.md"
-    )  # file that is written (the frontier's picture, with its numbers beside it as .json)
+    )  # file to write: a picture (its numbers go beside it, as .json), numbers, text
 
 
 class UserError(Exception):
@@ -545,7 +546,8 @@ def find_policy(name):
         if not (Path(name) / "model").is_dir():
             raise UserError(f"{name}: the run has saved no model yet; it does so at its end.")
         return f"{name}/model"
-    return f"EleutherAI/{name}" if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", name) else name
+    short = re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", name) and not Path(name).exists()
+    return f"EleutherAI/{name}" if short else name
 
 
 def reward_of(record):
@@ -950,7 +952,7 @@ def judge_wins(args, rows):
         headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
     try:
         args.judge_cache.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(args.judge_cache, "a+")
+        stream = open(args.judge_cache, "a+", errors="replace")
         stream.seek(0)
         saved = stream.read()
     except OSError as error:
@@ -968,12 +970,12 @@ def judge_wins(args, rows):
         text = f"Which of two answers to the end of this conversation is better?\n\n[Conversation]\n{prompt}\n\n"
         text += f"[Answer A]\n{a}\n\n[Answer B]\n{b}\n\nReply with one word: A, B or tie."
         body = {"model": args.judge_model, "messages": [{"role": "user", "content": text}], "temperature": 0}
-        key = json.dumps([url, body["model"], body["messages"]])
-        key = hashlib.sha256(key.encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([url, body["model"], body["messages"]]).encode()).hexdigest()
+        if key in cache:
+            return cache[key]
         body |= {"max_tokens": args.judge_max_tokens} if args.judge_max_tokens else {}
-        for attempt in range(0 if key in cache else args.judge_retries + 1):
-            if attempt:
-                time.sleep(min(0.25 * 2**attempt, 8))
+        for attempt in range(args.judge_retries + 1):
+            time.sleep(min(0.25 * 2**attempt, 8) if attempt else 0)
             try:
                 request = urllib.request.Request(url, json.dumps(body).encode(), headers)
                 with urllib.request.urlopen(request, timeout=args.judge_timeout) as response:
@@ -983,14 +985,10 @@ def judge_wins(args, rows):
                     cache[key] = win
                     stream.write(json.dumps({"key": key, "reply": reply}) + "\n")
                     stream.flush()
+                return win
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
                 reason = f"{type(error).__name__}: {error}"
-            else:
-                break
-        else:
-            if key not in cache:
-                failures.append(reason)
-        return cache.get(key)
+        failures.append(reason)
 
     orders = [order for x, a, b in rows for order in ((x, a, b), (x, b, a))]
     with stream, ThreadPoolExecutor(args.judge_workers) as pool:

@@ -436,7 +436,7 @@ def test_judge_goes_on_after_a_line_that_was_cut(server, judge, tmp_path):
     server.reply = prefer_good
     assert judge(ROWS[:1], judge_workers=1) == [1]
     file = tmp_path / "cache.jsonl"
-    file.write_bytes(file.read_bytes()[:-9])
+    file.write_bytes(b"\xff[]\n" + file.read_bytes()[:-9])
     server.requests.clear()
     assert judge(ROWS[:1]) == [1] and len(server.requests) == 1
     assert judge(ROWS[:1]) == [1] and len(server.requests) == 1
