@@ -109,9 +109,7 @@ class Frontier:
     """Reward over KL of runs, as a picture, a table and numbers."""
 
     runs: Positional[tuple[str, ...]] = ()  # run folders; those that differ in nothing but the seed are one curve
-    output: Path = Path(
-        "runs/frontier.png"
-    )  # file to write: a picture (its numbers go beside it, as .json), numbers, text
+    output: Path = Path("runs/frontier.png")  # file to write; the numbers of a picture go beside it, as .json
     kls: tuple[float, ...] = (1.0, 2.0, 4.0)  # KLs at which rewards are given, nats a response
     limit: str = ""  # limit.json of the subcommand limit, drawn and compared with
     reward: Literal["reward", "gold"] = "reward"  # which of the two
@@ -159,9 +157,7 @@ class Compare(Args):
 
     models: Positional[tuple[str, ...]] = ()  # run folders, model folders, hub ids, or tiny (the embedded SFT policy)
     reference: str = ""  # π_ref of the KL, one of the same forms (default: where the first run started, or the first)
-    output: Path = Path(
-        "runs/compare.json"
-    )  # file to write: a picture (its numbers go beside it, as .json), numbers, text
+    output: Path = Path("runs/compare.json")  # file to write; the numbers of a picture go beside it, as .json
     judge_url: str = ""  # an OpenAI-compatible server, as http://localhost:8000/v1; its key from OPENAI_API_KEY
     judge_model: str = ""  # name of the judge on that server
     judge_timeout: float = 60.0  # seconds to wait for a reply
@@ -177,9 +173,7 @@ class Samples(Args):
 
     models: Positional[tuple[str, ...]] = ()  # run folders, model folders, hub ids, or tiny (the embedded SFT policy)
     num: int = 8  # prompts shown, the first ones
-    output: Path = Path(
-        "runs/samples.md"
-    )  # file to write: a picture (its numbers go beside it, as .json), numbers, text
+    output: Path = Path("runs/samples.md")  # file to write; the numbers of a picture go beside it, as .json
 
 
 class UserError(Exception):
