@@ -128,6 +128,7 @@ class Args:
     gold_fn: str = ""  # FILE.py:f, the true reward of the same form where one is known; only ever evaluated
     trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
     dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
+    map: tuple[str, ...] = ()  # prompt=question chosen=best …: columns that have other names than the script's
     eval_prompts: int = 256  # held-out prompts used, the first ones
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
     truncate_prompts: bool = False  # cut longer prompts on the left instead
@@ -260,29 +261,29 @@ def load_tokenizer(name, model, args):
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token, which ends a response.")
     generation = getattr(model, "generation_config", None) or model.config
     ends = (tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id)
-    end_ids = sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
-    if not end_ids:
-        raise UserError(f"--model {name}: it names no end-of-sequence token, which ends a response.")
-    return tokenizer, end_ids
+    return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
 
 
-def read_dataset(name, flag):
-    """The splits of a file, folder or hub dataset as lists of rows (dicts), training data first, held-out data next.
-    JSON lines are parsed here: the library would turn text that looks like a date into one. Raises UserError."""
-    path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}.get(name, name)
+def read_dataset(args):
+    """One or two lists of rows (dicts), training data first, held-out data next; columns named by --map. JSON lines are
+    parsed here: the library would turn text that looks like a date into one. Raises UserError."""
+    path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}
+    path, flag = path.get(args.dataset, args.dataset), f"--dataset {args.dataset}"
     where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
     if files and not os.path.getsize(path):
-        raise UserError(f"{flag} {name}: the file is empty.")
+        raise UserError(f"{flag}: the file is empty.")
 
     def load():
         builder = datasets.load_dataset_builder(where, data_files=files)
-        is_json = type(builder).__name__ == "Json"
+        is_json = type(builder).__name__.startswith("Json")  # in a folder its name goes on with the folder's
         source, data_files = ("text", builder.config.data_files) if is_json else (where, files)
         return datasets.load_dataset(source, data_files=data_files), is_json
 
-    splits, is_json = fetch("dataset", path, flag, load)
+    splits, is_json = fetch("dataset", path, "--dataset", load)
     parts = {key: list(part) for key, part in splits.items()}
     for key, part in parts.items() if is_json else ():
         parts[key] = rows = []
@@ -290,20 +291,24 @@ def read_dataset(name, flag):
             try:
                 rows += [{**json.loads(line["text"])}] if line["text"].strip() else []
             except (ValueError, TypeError) as error:
-                raise UserError(f"{flag} {name}: line {number} of {key} is no JSON object ({error}).") from error
-    return [parts[key] for key in ("train", "test", "validation") if key in parts] or list(parts.values())
+                raise UserError(f"{flag}: line {number} of {key} is no JSON object ({error}).") from error
+    parts = [parts[key] for key in ("train", "test", "validation") if key in parts] or [*parts.values()]
+    found, renamed = {key for part in parts for key in (part or [{}])[0]}, [x.partition("=")[::2] for x in args.map]
+    if not {key for _, key in renamed} <= found:
+        raise UserError(f"--map {' '.join(args.map)}: expected NAME=COLUMN, with columns of {sorted(found)}.")
+    return [[row | {name: row.get(key) for name, key in renamed} for row in part] for part in parts[:2]]
 
 
-def load_prompts(tokenizer, dataset, max_prompt_tokens, truncate):
+def load_prompts(tokenizer, args):
     """(train, held-out) prompts as 1-D id tensors, each once: the column `prompt`, or the dialogues in `chosen` up
     to their last "Assistant:" (HH). Without held-out data a tenth (at most 1,000) is held out. Raises UserError."""
-    parts = read_dataset(dataset, "--dataset")[:2]
+    parts, flag, length = read_dataset(args), f"--dataset {args.dataset}", args.max_prompt_tokens
     for i, part in enumerate(parts):
         column, texts = "prompt" if part and "prompt" in part[0] else "chosen", []
         for number, row in enumerate(part, 1):
             if not isinstance(text := row.get(column), str):
                 found = f"{text!r:.60}" if column in row else f"the columns {', '.join(row)}"
-                raise UserError(f"--dataset {dataset}: row {number}: expected text in prompt or chosen; found {found}.")
+                raise UserError(f"{flag}: row {number}: expected text in prompt or chosen; found {found}.")
             texts.append(text if column == "prompt" else "".join(text.rpartition("\n\nAssistant:")[:2]))
         parts[i] = list(dict.fromkeys(filter(None, texts)))
         if "" in texts:
@@ -314,11 +319,11 @@ def load_prompts(tokenizer, dataset, max_prompt_tokens, truncate):
         parts = [shuffled[cut:], shuffled[:cut]]
     for i, name in enumerate(("train", "held-out")):
         ids = [torch.tensor(x) for x in tokenizer(parts[i]).input_ids] if parts[i] else []
-        long, done = sum(len(x) > max_prompt_tokens for x in ids), "cut on the left" if truncate else "dropped"
-        parts[i] = [x[-max_prompt_tokens:] for x in ids if truncate or len(x) <= max_prompt_tokens]
+        long, done = sum(len(x) > length for x in ids), "cut on the left" if args.truncate_prompts else "dropped"
+        parts[i] = [x[-length:] for x in ids if args.truncate_prompts or len(x) <= length]
         print(f"{'':14}{len(parts[i]):,} different {name} prompts; {long:,} too long, {done}")
         if not parts[i]:
-            raise UserError(f"--dataset {dataset}: no {name} prompts are left.")
+            raise UserError(f"{flag}: no {name} prompts are left.")
     return parts
 
 
@@ -523,8 +528,9 @@ def first_record(models):
 def settings_of_run(args):
     """What the first run of args.models sets: reward and dataset, if another is not given, lengths, temperature."""
     record = first_record(args.models)
-    names = "dataset gold_fn max_prompt_tokens truncate_prompts max_response_tokens temperature".split()
+    names = "dataset map gold_fn max_prompt_tokens truncate_prompts max_response_tokens temperature".split()
     values = {name: record["args"][name] for name in names if record and name in record["args"]}
+    values |= {"map": tuple(values["map"])} if "map" in values else {}
     if record and not args.reward_fn and not args.reward_model:
         values["reward_fn"] = record["args"].get("reward_fn", "")
         embedded = record["args"]["model"] == "tiny" and not record["args"].get("reward_model")
@@ -605,7 +611,7 @@ def answer(args, num, reference=None):
         if i == 0:
             needed = not getattr(args, "judge_url", "")
             judges, sources, _ = load_judges(args, base, tokenizer, device, needed)
-            prompts = load_prompts(tokenizer, args.dataset, args.max_prompt_tokens, args.truncate_prompts)[1]
+            prompts = load_prompts(tokenizer, args)[1]
             prompts, vocabulary = prompts[: args.eval_prompts], tokenizer.get_vocab()
             generator = torch.Generator().manual_seed(args.seed)
             size = (2, len(prompts), args.max_response_tokens)  # a run's first half is for its SFT policy
@@ -853,7 +859,7 @@ def limit(args):
     tokenizer, end_ids = load_tokenizer(policy_path, reference, args)
     print(f"reference     {policy_path} (--model changes it)")
     judges, sources, reward_model = load_judges(args, args.model, tokenizer, device)
-    prompts = load_prompts(tokenizer, args.dataset, args.max_prompt_tokens, args.truncate_prompts)[1]
+    prompts = load_prompts(tokenizer, args)[1]
     prompts = prompts[: args.eval_prompts]
     base = "tiny" if args.model == "tiny" else short_name(policy_path)
     folder = Path(args.output_dir or f"runs/limit/{short_name(args.dataset)}/{base}")

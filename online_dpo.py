@@ -57,7 +57,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
-BELOW_1 = {"adam_betas", "label_smoothing"}
 # Settings that may change when a run is resumed: what is left of it, and what changes memory and speed alone.
 FREE = "args resume overwrite debug output_dir num_updates eval_every save_every device".split()
 FREE = {*FREE, "micro_batch_size", "gradient_checkpointing"}
@@ -99,6 +98,7 @@ class Args:
     gold_fn: str = ""  # FILE.py:f, the true reward of the same form where one is known; only ever evaluated
     trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
     dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
+    map: tuple[str, ...] = ()  # prompt=question chosen=best …: columns that have other names than the script's
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
     truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
@@ -140,12 +140,11 @@ def set_up(args):
     """The accelerator: one device, or one a process. Raises UserError for a number out of range, before all else."""
     at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs ratio_bound"
     at_least_1 += " max_prompt_tokens max_response_tokens ref_samples_per_prompt"
-    lowest = dict.fromkeys(at_least_1.split(), 1)
-    lowest |= {"eval_prompts": 2, "temperature": 0.001}
+    lowest = dict.fromkeys(at_least_1.split(), 1) | {"eval_prompts": 2, "temperature": 0.001}
     for name, value in vars(args).items():
-        flag, low, high = f"--{name.replace('_', '-')} {value}", lowest.get(name, 0), 1 if name in BELOW_1 else 2**63
-        if not all(low <= x < high for x in (value if name == "adam_betas" else [value]) if not isinstance(x, str)):
-            raise UserError(f"{flag}: expected at least {low}, below {high:.3g}.")
+        low, high = lowest.get(name, 0), 1 if name in ("adam_betas", "label_smoothing") else 2**63
+        if not all(low <= x < high for x in (value if isinstance(value, tuple) else [value]) if not isinstance(x, str)):
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {low}, below {high:.3g}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
@@ -236,29 +235,29 @@ def load_tokenizer(name, model, args):
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token, which ends a response.")
     generation = getattr(model, "generation_config", None) or model.config
     ends = (tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id)
-    end_ids = sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
-    if not end_ids:
-        raise UserError(f"--model {name}: it names no end-of-sequence token, which ends a response.")
-    return tokenizer, end_ids
+    return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
 
 
-def read_dataset(name, flag):
-    """The splits of a file, folder or hub dataset as lists of rows (dicts), training data first, held-out data next.
-    JSON lines are parsed here: the library would turn text that looks like a date into one. Raises UserError."""
-    path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}.get(name, name)
+def read_dataset(args):
+    """One or two lists of rows (dicts), training data first, held-out data next; columns named by --map. JSON lines are
+    parsed here: the library would turn text that looks like a date into one. Raises UserError."""
+    path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}
+    path, flag = path.get(args.dataset, args.dataset), f"--dataset {args.dataset}"
     where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
     if files and not os.path.getsize(path):
-        raise UserError(f"{flag} {name}: the file is empty.")
+        raise UserError(f"{flag}: the file is empty.")
 
     def load():
         builder = datasets.load_dataset_builder(where, data_files=files)
-        is_json = type(builder).__name__ == "Json"
+        is_json = type(builder).__name__.startswith("Json")  # in a folder its name goes on with the folder's
         source, data_files = ("text", builder.config.data_files) if is_json else (where, files)
         return datasets.load_dataset(source, data_files=data_files), is_json
 
-    splits, is_json = fetch("dataset", path, flag, load)
+    splits, is_json = fetch("dataset", path, "--dataset", load)
     parts = {key: list(part) for key, part in splits.items()}
     for key, part in parts.items() if is_json else ():
         parts[key] = rows = []
@@ -266,20 +265,24 @@ def read_dataset(name, flag):
             try:
                 rows += [{**json.loads(line["text"])}] if line["text"].strip() else []
             except (ValueError, TypeError) as error:
-                raise UserError(f"{flag} {name}: line {number} of {key} is no JSON object ({error}).") from error
-    return [parts[key] for key in ("train", "test", "validation") if key in parts] or list(parts.values())
+                raise UserError(f"{flag}: line {number} of {key} is no JSON object ({error}).") from error
+    parts = [parts[key] for key in ("train", "test", "validation") if key in parts] or [*parts.values()]
+    found, renamed = {key for part in parts for key in (part or [{}])[0]}, [x.partition("=")[::2] for x in args.map]
+    if not {key for _, key in renamed} <= found:
+        raise UserError(f"--map {' '.join(args.map)}: expected NAME=COLUMN, with columns of {sorted(found)}.")
+    return [[row | {name: row.get(key) for name, key in renamed} for row in part] for part in parts[:2]]
 
 
-def load_prompts(tokenizer, dataset, max_prompt_tokens, truncate):
+def load_prompts(tokenizer, args):
     """(train, held-out) prompts as 1-D id tensors, each once: the column `prompt`, or the dialogues in `chosen` up
     to their last "Assistant:" (HH). Without held-out data a tenth (at most 1,000) is held out. Raises UserError."""
-    parts = read_dataset(dataset, "--dataset")[:2]
+    parts, flag, length = read_dataset(args), f"--dataset {args.dataset}", args.max_prompt_tokens
     for i, part in enumerate(parts):
         column, texts = "prompt" if part and "prompt" in part[0] else "chosen", []
         for number, row in enumerate(part, 1):
             if not isinstance(text := row.get(column), str):
                 found = f"{text!r:.60}" if column in row else f"the columns {', '.join(row)}"
-                raise UserError(f"--dataset {dataset}: row {number}: expected text in prompt or chosen; found {found}.")
+                raise UserError(f"{flag}: row {number}: expected text in prompt or chosen; found {found}.")
             texts.append(text if column == "prompt" else "".join(text.rpartition("\n\nAssistant:")[:2]))
         parts[i] = list(dict.fromkeys(filter(None, texts)))
         if "" in texts:
@@ -290,11 +293,11 @@ def load_prompts(tokenizer, dataset, max_prompt_tokens, truncate):
         parts = [shuffled[cut:], shuffled[:cut]]
     for i, name in enumerate(("train", "held-out")):
         ids = [torch.tensor(x) for x in tokenizer(parts[i]).input_ids] if parts[i] else []
-        long, done = sum(len(x) > max_prompt_tokens for x in ids), "cut on the left" if truncate else "dropped"
-        parts[i] = [x[-max_prompt_tokens:] for x in ids if truncate or len(x) <= max_prompt_tokens]
+        long, done = sum(len(x) > length for x in ids), "cut on the left" if args.truncate_prompts else "dropped"
+        parts[i] = [x[-length:] for x in ids if args.truncate_prompts or len(x) <= length]
         print(f"{'':14}{len(parts[i]):,} different {name} prompts; {long:,} too long, {done}")
         if not parts[i]:
-            raise UserError(f"--dataset {dataset}: no {name} prompts are left.")
+            raise UserError(f"{flag}: no {name} prompts are left.")
     return parts
 
 
@@ -504,15 +507,14 @@ def whole(trained):
     """Every process holds all weights, for forwards of the model outside of training: FSDP has them in parts, gathered
     by hooks of its own forward, which are off meanwhile. Without FSDP it does nothing."""
     parts = [part for part in trained.modules() if isinstance(part, FSDPModule)]
-    hooks = [hooks for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
-    kept = [dict(found) for found in hooks]
+    kept = [(hooks, dict(hooks)) for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
     for part in parts:
         part.unshard()
-    for found in hooks:
-        found.clear()
+    for hooks, _ in kept:
+        hooks.clear()
     yield
-    for found, before in zip(hooks, kept):
-        found.update(before)
+    for hooks, before in kept:
+        hooks.update(before)
     for part in parts:
         part.reshard()
 
@@ -534,7 +536,7 @@ def check_finite(folder, update, tokenizer, prompts, responses, **values):
 def open_run(accelerator, folder, args, **record):
     """Make the run's folder, or go on in it: `record`, with what save_checkpoint was given last; None if it has ended.
     Raises UserError, before anything is changed, where the folder, its run or its checkpoint does not fit."""
-    git = subprocess.run(f"git -C '{TINY.parent}' rev-parse HEAD", shell=True, capture_output=True, text=True)
+    commit = subprocess.getoutput(f"git -C '{TINY.parent}' rev-parse HEAD 2> /dev/null")
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     record |= {"format": 1, **json.loads(json.dumps({"args": asdict(args)}))}
     file, state, last = folder / "args.json", {}, max((folder / "checkpoint").glob("*[0-9]"), default=None)
@@ -580,8 +582,8 @@ def open_run(accelerator, folder, args, **record):
                     gone = path.rename(f"{path}.{time.time_ns()}.gone")  # at once: never taken for what it was
                     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
             folder.mkdir(parents=True, exist_ok=True)
-            version = {"versions": versions, "git_commit": git.stdout.strip()}
-            (folder / "args.part").write_text(json.dumps(record | version, indent=1))
+            written = {**record, "versions": versions, "git_commit": commit}
+            (folder / "args.part").write_text(json.dumps(written, indent=1))
             (folder / "args.part").rename(file)
         except OSError as error:
             raise UserError(f"--output-dir {folder}: nothing can be written there ({error}).") from error
@@ -612,8 +614,7 @@ def save_checkpoint(accelerator, folder, writer, state):
 def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs):
     """The model in folder/model, plain files of transformers, in place when they are whole and, loaded again, compute
     the same of `inputs`, trained's arguments (to 1e-5 relative). Raises RunError."""
-    part, weights = folder / "model.part", accelerator.get_state_dict(trained)
-    inner = accelerator.unwrap_model(trained)
+    part, weights, inner = folder / "model.part", accelerator.get_state_dict(trained), accelerator.unwrap_model(trained)
     with torch.no_grad(), whole(inner):
         expected = inner(*inputs)
         if accelerator.is_main_process:
@@ -678,7 +679,7 @@ def main(args):
     judges = {"reward": score} | ({"gold": text_reward(gold_fn, "--gold-fn", tokenizer)} if gold_fn else {})
     print(f"dataset       {args.dataset} (--dataset changes it)")
     with accelerator.local_main_process_first():  # one process of a machine fills the cache of datasets
-        prompts, eval_prompts = load_prompts(tokenizer, args.dataset, args.max_prompt_tokens, args.truncate_prompts)
+        prompts, eval_prompts = load_prompts(tokenizer, args)
     eval_prompts = eval_prompts[: args.eval_prompts]
 
     # ------------------------------------------------------------------------- optimiser, run folder, randomness
@@ -818,11 +819,10 @@ if __name__ == "__main__":
     except (UserError, RunError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if args.debug:
             raise
-        code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-        hints = []
+        code, said = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1), f"{NAME}.py: {error or 'interrupted'}"
         if code == 1:
-            hints += ["What was saved is kept: when this is mended, the same command with --resume goes on."]
+            said += "\nWhat was saved is kept: when this is mended, the same command with --resume goes on."
         if isinstance(error, torch.OutOfMemoryError):
-            hints += ["Less memory: --micro-batch-size, --gradient-checkpointing, --dtype bfloat16, --unfrozen-layers"]
-        tqdm.write("\n".join([f"{NAME}.py: {error or 'interrupted'}", *hints]), file=sys.stderr)
+            said += "\nLess memory: --micro-batch-size, --gradient-checkpointing, --dtype bfloat16, --unfrozen-layers"
+        tqdm.write(said, file=sys.stderr)
         sys.exit(code)

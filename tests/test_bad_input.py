@@ -285,6 +285,15 @@ REFUSED = [
     ("sft", "--dataset in/null_response.jsonl", "row 3: expected text in c"),
     ("sft", "--dataset in/number_response.jsonl", "; found 7"),
     ("reward_model", "--dataset in/number_response.jsonl", "row 3: expected text in rejected; found 7"),
+    *[
+        (
+            s,
+            "--dataset in/misnamed.jsonl --map prompt=answers",
+            "--map prompt=answers: expected NAME=COLUMN, with columns",
+        )
+        for s in EVERY
+    ],
+    ("p3o_v2", "--dataset in/misnamed.jsonl --map prompt", "with columns of ['answer', 'question']"),
     # nothing left
     ("p3o_v2", "--dataset in/no_prompts.jsonl", "--dataset in/no_prompts.jsonl: no train prompts are left"),
     ("p3o_v2", "--dataset in/one_row.jsonl", "--dataset in/one_row.jsonl: no train prompts are left"),
@@ -429,11 +438,14 @@ def test_handled_and_counted(case, outcome):
 
 
 def test_text_that_looks_like_a_date_stays_as_it_is(inputs, tmp_path):
-    from p3o_v2 import read_dataset
+    from p3o_v2 import Args, read_dataset
 
     days = {f"2020-01-{day:02}" for day in range(1, 25)}
-    (rows,) = read_dataset(str(inputs / "dates.jsonl"), "--dataset")
-    assert {row["prompt"] for row in rows} == days
+    (tmp_path / "folder").mkdir()
+    shutil.copy(inputs / "dates.jsonl", tmp_path / "folder/train.jsonl")
+    for dataset in (inputs / "dates.jsonl", tmp_path / "folder"):
+        (rows,) = read_dataset(Args(dataset=str(dataset)))
+        assert {row["prompt"] for row in rows} == days
     run("p3o_v2", *SMALL["p3o_v2"].split(), "--dataset", inputs / "dates.jsonl", cwd=tmp_path)
     first, *_ = lines(tmp_path / "runs/p3o_v2/dates/tiny/samples.jsonl")
     assert first["prompts"] and {*first["prompts"]} <= days

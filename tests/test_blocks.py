@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerFast
 
 from p3o_v2 import (
+    Args,
     in_batches,
     load_prompts,
     response_kl,
@@ -532,5 +533,5 @@ def test_prompts_of_any_length_are_kept_and_dialogues_end_at_the_last_turn(tmp_p
     for column, expected in (("prompt", [*kept, "Hello world"]), ("chosen", turns)):
         file = tmp_path / f"{column}.jsonl"
         file.write_text("".join(json.dumps({column: x}) + "\n" for x in rows[column]))
-        train, held_out = load_prompts(tokenizer, str(file), 512, False)
+        train, held_out = load_prompts(tokenizer, Args(dataset=str(file)))
         assert sorted(tokenizer.batch_decode([*train, *held_out])) == sorted(expected)

@@ -180,10 +180,11 @@ def test_held_out_prompts_are_the_same_in_every_script(data, tmp_path):
     file, tokenizer = tmp_path / "rows.jsonl", AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
     rows = [{"prompt": f"Question {i}?", "chosen": "Yes." if i % 9 else " ", "rejected": "No."} for i in range(300)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prompts, held_out = (set(tokenizer.batch_decode(x)) for x in p3o_v2.load_prompts(tokenizer, str(file), 512, False))
+    args = p3o_v2.Args(dataset=str(file))
+    prompts, held_out = (set(tokenizer.batch_decode(x)) for x in p3o_v2.load_prompts(tokenizer, args))
     rows, held_out_rows = (
         {tokenizer.decode(row["prompt"]) for row in part}
-        for part in sft.load_rows(tokenizer, str(file), ("completion",), 512, 128, False)
+        for part in sft.load_rows(tokenizer, sft.Args(dataset=str(file)), ("completion",))
     )
     assert len(held_out) == 30 and 20 < len(held_out_rows) <= 30
     assert held_out_rows <= held_out and rows <= prompts
