@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -71,12 +72,12 @@ def seeds():
 
 
 def translation():
-    """(d): a number of its own added to all rewards of a prompt, δ(x) ~ N(0, s²), s = 0, 1, 10."""
-    scripts = ("p3o_v1", "p3o_v2", "online_dpo", "ppo")
+    """(d): a number of its own added to all rewards of a prompt, δ(x) ~ N(0, s²), s = 1, 10 (0: the seeds)."""
+    scripts, often = ("p3o_v1", "p3o_v2", "online_dpo", "ppo"), {"eval_every": 10}
     reward = "benchmark/study_rewards.py:shift_{}"
     return [
-        settings(script, *best(script)[0], seed, reward_fn=reward.format(s))
-        for seed, s, script in product(SEEDS, (0, 1, 10), scripts)
+        settings(script, *best(script)[0], seed, reward_fn=reward.format(s), **often)
+        for s, seed, script in product((10, 1), SEEDS, scripts)
     ]
 
 
@@ -94,6 +95,20 @@ def responses():
         for seed in SEEDS
         for k, (b, m) in sizes.items()
     ]
+
+
+def limit(samples=2048):
+    """The best reward at each KL, by evaluate.py, and best of n; not runs, but what runs are compared with."""
+    folder = ROOT / "runs/limit/tiny/tiny"
+    flags = [f"--num-samples={samples}", f"--output-dir={folder}"]
+    subprocess.run([sys.executable, "evaluate.py", "limit", *flags], cwd=ROOT, check=True)
+    found = json.loads((folder / "limit.json").read_text())
+    kept = {key: short(found[key]) for key in ("num_samples", "num_prompts", "ref_reward", "ref_gold")}
+    for name in ("curve", "best_of_n"):
+        rows = [{key: short(value) for key, value in row.items()} for row in found[name]]
+        kept[name] = [row for row in rows if 0.001 < row["kl"] < 8]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "limit.json").write_text(json.dumps(kept) + "\n")
 
 
 PARTS = {part.__name__: part for part in (grid, seeds, translation, clipping, responses)}
@@ -130,7 +145,7 @@ def record(flags, folder, seconds):
 
 @dataclass
 class Args:
-    parts: tuple[str, ...] = tuple(PARTS)  # which parts, in this order
+    parts: tuple[str, ...] = ("limit", *PARTS)  # which parts, in this order
     workers: int = 2  # runs at a time, one core each
     folder: str = "runs/study"  # of the runs themselves, removed as they are recorded
     list: bool = False  # only say what there is
@@ -139,6 +154,10 @@ class Args:
 def main(args):
     context = multiprocessing.get_context("fork")
     for part in args.parts:
+        if part == "limit":
+            if not args.list and not stored(part):
+                limit()
+            continue
         done = stored(part)
         if args.list:
             print(

@@ -66,15 +66,15 @@ def path_value(points, kl, key="reward"):
 
 
 def share(run, kl):
-    """Part of the gain in reward that the limit has at this KL which a run reached with at most this KL."""
-    points = run["frontier"]
-    return (path_value(points, kl) - points[0]["reward"]) / limit_gain(kl)
+    """Part of the gain in reward that the limit has at this KL which a run reached with at most this KL; both from the
+    reference's mean reward, which the limit's samples give more precisely than a run's first evaluation."""
+    reference = stored("limit")["ref_reward"]
+    return (path_value(run["frontier"], kl) - reference) / limit_gain(kl)
 
 
 def limit_gain(kl, key="reward"):
-    curve = [row for row in stored("limit")["curve"] if row["trusted"]]
-    curve = sorted(curve, key=lambda row: row["kl"])
-    start = {"kl": 0.0, key: stored("limit")["reference"][key]}
+    curve = sorted((row for row in stored("limit")["curve"] if row["trusted"]), key=lambda row: row["kl"])
+    start = {"kl": 0.0, key: stored("limit")[f"ref_{key}"]}
     return path_value([start, *curve], kl, key) - start[key]
 
 
@@ -115,7 +115,7 @@ def frontier_figure(key="reward", file="frontier.png", title="The learned reward
     runs, limit = stored("seeds"), stored("limit")
     figure, axes = plt.subplots(figsize=(8.4, 5.4))
     curve = sorted((row for row in limit["curve"] if row["trusted"]), key=lambda row: row["kl"])
-    start = limit["reference"][key]
+    start = limit[f"ref_{key}"]
     axes.plot([0, *(r["kl"] for r in curve)], [start, *(r[key] for r in curve)], color="black", lw=2)
     end = [r for r in curve if r["kl"] <= 5.6][-1]
     axes.annotate("the limit: no policy is above", (end["kl"], end[key]), (2.2, end[key] + 0.12), fontsize=10)
@@ -193,7 +193,7 @@ def limit_table():
         curve = sorted((row for row in limit["curve"] if row["trusted"]), key=lambda row: row["kl"])
         if kl <= curve[-1]["kl"]:
             nearest = min(curve, key=lambda row: abs(row["kl"] - kl))
-            values = (limit["reference"][key] + limit_gain(kl, key) for key in ("reward", "gold"))
+            values = (limit[f"ref_{key}"] + limit_gain(kl, key) for key in ("reward", "gold"))
             rows.append([f"{kl:g}", *(f"{value:.2f}" for value in values), f"{nearest['ess']:.0f}"])
     return table(["KL", "best reward", "gold there, at most", "effective samples a prompt"], rows)
 
@@ -216,13 +216,17 @@ def gold_table():
 
 
 def translation_table():
-    rows, runs = [], stored("translation")
-    for (script, reward_fn), found in groups(runs, "script", "reward_fn").items():
-        gains = [run["frontier"][-1]["reward"] - run["frontier"][0]["reward"] for run in found]
-        ends = [run["frontier"][-1] for run in found]
-        row = [NAMES[script], reward_fn.rpartition("_")[2], cell(gains), cell(p["gold"] for p in ends)]
-        rows.append([*row, cell(p["kl"] for p in ends)])
-    rows.sort(key=lambda row: ([*NAMES.values()].index(row[0]), int(row[1])))
+    """With s = 0: the runs of the part `seeds` that had the same learning rate and β."""
+    shifted, rows = groups(stored("translation"), "script", "reward_fn"), []
+    plain = groups(stored("seeds"), "script", "learning_rate", "beta")
+    for (script, reward_fn), runs in shifted.items():
+        found = {int(reward_fn.rpartition("_")[2]): runs}
+        found[0] = plain[(script, setting(runs[0], "learning_rate"), setting(runs[0], "beta"))]
+        for s in found:
+            ends = [(run["frontier"][0], run["frontier"][-1]) for run in found[s]]
+            gains = cell(end["reward"] - start["reward"] for start, end in ends)
+            rows.append([NAMES[script], s, gains, *(cell(end[key] for _, end in ends) for key in ("gold", "kl"))])
+    rows = sorted({tuple(row) for row in rows}, key=lambda row: ([*NAMES.values()].index(row[0]), row[1]))
     return table(["algorithm", "s", "gain in reward", "gold", "KL"], rows)
 
 
