@@ -128,6 +128,9 @@ class Args:
     gold_fn: str = ""  # FILE.py:f, the true reward of the same form where one is known; only ever evaluated
     trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
     dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
+    subset: str = ""  # configuration of a hub dataset
+    split: str = ""  # split to train on (default: train); test or validation is held out, or else a tenth
+    chat_template: str = ""  # file with the template that renders messages (default: the tokenizer's)
     map: tuple[str, ...] = ()  # prompt=question chosen=best …: columns that have other names than the script's
     eval_prompts: int = 256  # held-out prompts used, the first ones
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
@@ -256,6 +259,8 @@ def load_tokenizer(name, model, args):
     """The tokenizer of a policy, and the ids that end its responses. Raises UserError."""
     options = {"trust_remote_code": args.trust_remote_code}
     tokenizer = fetch("tokenizer", name, "--model", lambda: AutoTokenizer.from_pretrained(name, **options))
+    if path := args.chat_template:
+        tokenizer.chat_template = fetch("chat template", path, "--chat-template", Path(path).read_text)
     if not tokenizer("Hi").input_ids:  # what the library makes up where there is none
         raise UserError(f"--model {name}: no tokenizer is there; save the model's own in that folder.")
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -268,62 +273,85 @@ def load_tokenizer(name, model, args):
     return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
 
 
-def read_dataset(args):
-    """One or two lists of rows (dicts), training data first, held-out data next; columns named by --map. JSON lines are
-    parsed here: the library would turn text that looks like a date into one. Raises UserError."""
+def to_texts(row, columns, tokenizer):
+    """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
+    the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
+    chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
+    keys = ("prompt", *(columns or ("chosen",) * ("prompt" not in row)))
+    prompt, *told = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
+    for key, x in zip(keys, values):
+        if not isinstance(x, str) and not (isinstance(x, list) and {*map(type, x)} == {dict}):
+            raise ValueError(f"expected text or messages in {key}; found {x!r:.60} (columns: {', '.join(row)})")
+    if any(isinstance(x, list) for x in values):
+        if not tokenizer.chat_template:
+            raise ValueError("messages need a chat template, which the tokenizer lacks: pass --chat-template FILE")
+        told = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in told]
+        asked = [{"role": "user", "content": prompt}] if prompt and isinstance(prompt, str) else prompt or told[0][:-1]
+        render = partial(tokenizer.apply_chat_template, tokenize=False)
+        told = [render(y if y[1:] or not prompt else asked + y).rstrip() for y in told]
+        bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids else ""
+        prompt = render(asked, add_generation_prompt=True).removeprefix(bos)
+        told = [y.removeprefix(bos).removesuffix(tokenizer.eos_token) for y in told]
+    elif "prompt" in row:
+        return values
+    else:
+        prompt = "".join(told[0].rpartition("\n\nAssistant:")[:2])
+    return [prompt, *(y[len(prompt) :] if y.startswith(prompt) else "" for y in told)]
+
+
+def read_dataset(tokenizer, args, columns):
+    """(train, held-out) rows of texts, see to_texts; --map names columns. Held-out prompts are not trained on; if none
+    are given a tenth of all (at most 1,000) is held out. JSON lines are parsed here: the library would turn text that
+    looks like a date into one. Raises UserError."""
     path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}
-    path, flag = path.get(args.dataset, args.dataset), f"--dataset {args.dataset}"
+    path, flag, subset = path.get(args.dataset, args.dataset), f"--dataset {args.dataset}", args.subset or None
     where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
     if files and not os.path.getsize(path):
         raise UserError(f"{flag}: the file is empty.")
 
     def load():
-        builder = datasets.load_dataset_builder(where, data_files=files)
+        if Path(path, "state.json").is_file():  # of save_to_disk
+            return {"train": datasets.load_from_disk(path)}, False
+        builder = datasets.load_dataset_builder(where, subset, data_files=files)
         is_json = type(builder).__name__.startswith("Json")  # in a folder its name goes on with the folder's
-        source, data_files = ("text", builder.config.data_files) if is_json else (where, files)
-        return datasets.load_dataset(source, data_files=data_files), is_json
+        source = ("text", None, None, builder.config.data_files) if is_json else (where, subset, None, files)
+        return datasets.load_dataset(*source), is_json
 
     splits, is_json = fetch("dataset", path, "--dataset", load)
-    parts = {key: list(part) for key, part in splits.items()}
-    for key, part in parts.items() if is_json else ():
-        parts[key] = rows = []
-        for number, line in enumerate(part, 1):
+    names = [x for x in dict.fromkeys((args.split or "train", "test", "validation")) if x in splits] or [*splits]
+    if args.split not in ("", names[0]):
+        raise UserError(f"--split {args.split}: {flag} has the splits {', '.join(splits)}.")
+    parts, renamed = [[] for _ in names[:2]], [x.partition("=")[::2] for x in args.map]
+    for name, part in zip(names, parts):
+        for number, row in enumerate(splits[name], 1):
             try:
-                rows += [{**json.loads(line["text"])}] if line["text"].strip() else []
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{flag}: line {number} of {key} is no JSON object ({error}).") from error
-    parts = [parts[key] for key in ("train", "test", "validation") if key in parts] or [*parts.values()]
-    found, renamed = {key for part in parts for key in (part or [{}])[0]}, [x.partition("=")[::2] for x in args.map]
-    if not {key for _, key in renamed} <= found:
-        raise UserError(f"--map {' '.join(args.map)}: expected NAME=COLUMN, with columns of {sorted(found)}.")
-    return [[row | {name: row.get(key) for name, key in renamed} for row in part] for part in parts[:2]]
+                if not is_json or row["text"].strip():
+                    row = {**json.loads(row["text"])} if is_json else row
+                    part.append(to_texts(row | {key: row.get(x) for key, x in renamed}, columns, tokenizer))
+            except Exception as error:  # a chat template raises what it likes
+                raise UserError(f"{flag}: row {number} of {name}: {type(error).__name__}: {error}.") from error
+    held = {x for x, *_ in parts[-1]} - {""}
+    if len(parts) == 1:  # a tenth of the prompts, the same in every script
+        parts[0].sort(key=lambda row: hashlib.sha256(row[0].encode()).digest())
+        held = {*[*dict.fromkeys(x for x, *_ in parts[0] if x)][: min(max(len(held) // 10, 2), 1000)]}
+        parts.append([row for row in parts[0] if row[0] in held])
+    elif dropped := sum(row[0] in held for row in parts[0]):
+        print(f"{'':14}{dropped:,} train rows dropped: their prompts are held out")
+    return [[row for row in parts[0] if row[0] not in held], parts[1]]
 
 
 def load_prompts(tokenizer, args):
-    """(train, held-out) prompts as 1-D id tensors, each once: the column `prompt`, or the dialogues in `chosen` up
-    to their last "Assistant:" (HH). Without held-out data a tenth (at most 1,000) is held out. Raises UserError."""
-    parts, flag, length = read_dataset(args), f"--dataset {args.dataset}", args.max_prompt_tokens
-    for i, part in enumerate(parts):
-        column, texts = "prompt" if part and "prompt" in part[0] else "chosen", []
-        for number, row in enumerate(part, 1):
-            if not isinstance(text := row.get(column), str):
-                found = f"{text!r:.60}" if column in row else f"the columns {', '.join(row)}"
-                raise UserError(f"{flag}: row {number}: expected text in prompt or chosen; found {found}.")
-            texts.append(text if column == "prompt" else "".join(text.rpartition("\n\nAssistant:")[:2]))
-        parts[i] = list(dict.fromkeys(filter(None, texts)))
-        if "" in texts:
-            print(f"{'':14}{texts.count(''):,} rows without a prompt, dropped")
-    if len(parts) == 1:
-        shuffled = sorted(parts[0], key=lambda x: hashlib.sha256(x.encode()).digest())  # the same in every script
-        cut = min(max(len(shuffled) // 10, 2), 1000)
-        parts = [shuffled[cut:], shuffled[:cut]]
+    """(train, held-out) prompts as 1-D id tensors, each once; prints what is left out. Raises UserError."""
+    parts, length = read_dataset(tokenizer, args, ()), args.max_prompt_tokens
     for i, name in enumerate(("train", "held-out")):
-        ids = [torch.tensor(x) for x in tokenizer(parts[i]).input_ids] if parts[i] else []
+        texts = [*dict.fromkeys(x for x, *_ in parts[i] if x)]
+        ids, empty = tokenizer(texts).input_ids if texts else [], sum(not x for x, *_ in parts[i])
         long, done = sum(len(x) > length for x in ids), "cut on the left" if args.truncate_prompts else "dropped"
-        parts[i] = [x[-length:] for x in ids if args.truncate_prompts or len(x) <= length]
-        print(f"{'':14}{len(parts[i]):,} different {name} prompts; {long:,} too long, {done}")
+        parts[i] = [torch.tensor(x[-length:]) for x in ids if args.truncate_prompts or len(x) <= length]
+        said = f"{len(parts[i]):,} different {name} prompts; {long:,} too long, {done}"
+        print(f"{'':14}{said}" + f"; {empty:,} rows without a prompt, dropped" * (empty > 0))
         if not parts[i]:
-            raise UserError(f"{flag}: no {name} prompts are left.")
+            raise UserError(f"--dataset {args.dataset}: no {name} prompts are left.")
     return parts
 
 
@@ -337,7 +365,7 @@ def text_reward(spec, flag, tokenizer):
     except (Exception, SystemExit) as error:
         raise UserError(f"{flag} {spec}: the file does not run ({error!r}).") from error
     if not callable(function):
-        raise UserError(f"{flag} {spec}: expected FILE.py:function; there is no such file or no such function in it.")
+        raise UserError(f"{flag} {spec}: expected FILE.py:FUNCTION; {'not found' if path else ':FUNCTION is missing'}.")
 
     def checked(rows):
         try:
@@ -528,7 +556,8 @@ def first_record(models):
 def settings_of_run(args):
     """What the first run of args.models sets: reward and dataset, if another is not given, lengths, temperature."""
     record = first_record(args.models)
-    names = "dataset map gold_fn max_prompt_tokens truncate_prompts max_response_tokens temperature".split()
+    names = "dataset subset split chat_template map gold_fn max_prompt_tokens truncate_prompts".split()
+    names += ["max_response_tokens", "temperature"]
     values = {name: record["args"][name] for name in names if record and name in record["args"]}
     values |= {"map": tuple(values["map"])} if "map" in values else {}
     if record and not args.reward_fn and not args.reward_model:
@@ -568,10 +597,13 @@ def load_judges(args, model, tokenizer, device, needed=True):
         judges["reward"] = text_reward(args.reward_fn, "--reward-fn", tokenizer)
     elif path:
         reward_model = load_model(AutoModelForSequenceClassification, path, "--reward-model", device, args)
+        load = partial(AutoTokenizer.from_pretrained, path, trust_remote_code=args.trust_remote_code)
+        own = fetch("tokenizer", path, "--reward-model", load)
+        same = not own("Hi").input_ids or tokenizer.get_vocab().items() <= own.get_vocab().items()
         found = reward_model.config.num_labels, reward_model.get_input_embeddings().num_embeddings
-        if found[0] != 1 or found[1] < len(tokenizer) or not hasattr(reward_model, "score"):
-            wanted = f"expected a score and {len(tokenizer):,} tokens, found {found[0]} outputs and {found[1]:,}"
-            raise UserError(f"--reward-model {path}: {wanted}.")
+        if found[0] != 1 or found[1] < len(tokenizer) or not hasattr(reward_model, "score") or not same:
+            wanted = f"expected a score and the policy's {len(tokenizer)} tokens, found {found[0]} and {found[1]}"
+            raise UserError(f"--reward-model {path}: {wanted}; --reward-fn takes others.")
         judges["reward"] = partial(in_batches, partial(response_scores, reward_model), batch_size=args.micro_batch_size)
     if gold_fn:
         judges["gold"] = text_reward(gold_fn, "--gold-fn", tokenizer)

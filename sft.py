@@ -44,13 +44,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
 # Settings that may change when a run is resumed: what is left of it, and what changes memory and speed alone.
-FREE = "args resume overwrite debug output_dir num_updates eval_every save_every device".split()
+FREE = "args config resume overwrite debug output_dir num_updates eval_every save_every device".split()
 FREE = {*FREE, "micro_batch_size", "gradient_checkpointing"}
 
 
@@ -72,11 +73,15 @@ class Args:
     save_every: int = 200  # updates between checkpoints (0: only at the end, and when stopped by Ctrl-C or SIGTERM)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     debug: bool = False  # show the traceback of a mistake too
+    config: str = ""  # args.json of a run, whose settings take the place of the defaults (all but its folder)
     # Model
     model: str = "tiny"  # tiny (embedded), a short name (pythia-14m … pythia-12b), a hub id, or a folder
     trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
     # Data
     dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
+    subset: str = ""  # configuration of a hub dataset
+    split: str = ""  # split to train on (default: train); test or validation is held out, or else a tenth
+    chat_template: str = ""  # file with the template that renders messages (default: the tokenizer's)
     map: tuple[str, ...] = ()  # prompt=question chosen=best …: columns that have other names than the script's
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
     truncate_prompts: bool = False  # cut longer prompts on the left instead
@@ -121,6 +126,8 @@ def set_up(args):
         low, high = lowest.get(name, 0), 1 if name in ("adam_betas", "label_smoothing") else 2**63
         if not all(low <= x < high for x in (value if isinstance(value, tuple) else [value]) if not isinstance(x, str)):
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {low}, below {high:.3g}.")
+    if "tiny" in (args.model, args.dataset) and not TINY.is_dir():
+        raise UserError("tiny/ lies beside the scripts in the repository: pass --model, --dataset and --reward-fn.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
@@ -196,6 +203,8 @@ def load_tokenizer(name, model, args):
     """The tokenizer of a policy, and the ids that end its responses. Raises UserError."""
     options = {"trust_remote_code": args.trust_remote_code}
     tokenizer = fetch("tokenizer", name, "--model", lambda: AutoTokenizer.from_pretrained(name, **options))
+    if path := args.chat_template:
+        tokenizer.chat_template = fetch("chat template", path, "--chat-template", Path(path).read_text)
     if not tokenizer("Hi").input_ids:  # what the library makes up where there is none
         raise UserError(f"--model {name}: no tokenizer is there; save the model's own in that folder.")
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -208,90 +217,99 @@ def load_tokenizer(name, model, args):
     return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
 
 
-def read_dataset(args):
-    """One or two lists of rows (dicts), training data first, held-out data next; columns named by --map. JSON lines are
-    parsed here: the library would turn text that looks like a date into one. Raises UserError."""
+def to_texts(row, columns, tokenizer):
+    """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
+    the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
+    chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
+    keys = ("prompt", *(columns or ("chosen",) * ("prompt" not in row)))
+    prompt, *told = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
+    for key, x in zip(keys, values):
+        if not isinstance(x, str) and not (isinstance(x, list) and {*map(type, x)} == {dict}):
+            raise ValueError(f"expected text or messages in {key}; found {x!r:.60} (columns: {', '.join(row)})")
+    if any(isinstance(x, list) for x in values):
+        if not tokenizer.chat_template:
+            raise ValueError("messages need a chat template, which the tokenizer lacks: pass --chat-template FILE")
+        told = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in told]
+        asked = [{"role": "user", "content": prompt}] if prompt and isinstance(prompt, str) else prompt or told[0][:-1]
+        render = partial(tokenizer.apply_chat_template, tokenize=False)
+        told = [render(y if y[1:] or not prompt else asked + y).rstrip() for y in told]
+        bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids else ""
+        prompt = render(asked, add_generation_prompt=True).removeprefix(bos)
+        told = [y.removeprefix(bos).removesuffix(tokenizer.eos_token) for y in told]
+    elif "prompt" in row:
+        return values
+    else:
+        prompt = "".join(told[0].rpartition("\n\nAssistant:")[:2])
+    return [prompt, *(y[len(prompt) :] if y.startswith(prompt) else "" for y in told)]
+
+
+def read_dataset(tokenizer, args, columns):
+    """(train, held-out) rows of texts, see to_texts; --map names columns. Held-out prompts are not trained on; if none
+    are given a tenth of all (at most 1,000) is held out. JSON lines are parsed here: the library would turn text that
+    looks like a date into one. Raises UserError."""
     path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}
-    path, flag = path.get(args.dataset, args.dataset), f"--dataset {args.dataset}"
+    path, flag, subset = path.get(args.dataset, args.dataset), f"--dataset {args.dataset}", args.subset or None
     where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
     if files and not os.path.getsize(path):
         raise UserError(f"{flag}: the file is empty.")
 
     def load():
-        builder = datasets.load_dataset_builder(where, data_files=files)
+        if Path(path, "state.json").is_file():  # of save_to_disk
+            return {"train": datasets.load_from_disk(path)}, False
+        builder = datasets.load_dataset_builder(where, subset, data_files=files)
         is_json = type(builder).__name__.startswith("Json")  # in a folder its name goes on with the folder's
-        source, data_files = ("text", builder.config.data_files) if is_json else (where, files)
-        return datasets.load_dataset(source, data_files=data_files), is_json
+        source = ("text", None, None, builder.config.data_files) if is_json else (where, subset, None, files)
+        return datasets.load_dataset(*source), is_json
 
     splits, is_json = fetch("dataset", path, "--dataset", load)
-    parts = {key: list(part) for key, part in splits.items()}
-    for key, part in parts.items() if is_json else ():
-        parts[key] = rows = []
-        for number, line in enumerate(part, 1):
+    names = [x for x in dict.fromkeys((args.split or "train", "test", "validation")) if x in splits] or [*splits]
+    if args.split not in ("", names[0]):
+        raise UserError(f"--split {args.split}: {flag} has the splits {', '.join(splits)}.")
+    parts, renamed = [[] for _ in names[:2]], [x.partition("=")[::2] for x in args.map]
+    for name, part in zip(names, parts):
+        for number, row in enumerate(splits[name], 1):
             try:
-                rows += [{**json.loads(line["text"])}] if line["text"].strip() else []
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{flag}: line {number} of {key} is no JSON object ({error}).") from error
-    parts = [parts[key] for key in ("train", "test", "validation") if key in parts] or [*parts.values()]
-    found, renamed = {key for part in parts for key in (part or [{}])[0]}, [x.partition("=")[::2] for x in args.map]
-    if not {key for _, key in renamed} <= found:
-        raise UserError(f"--map {' '.join(args.map)}: expected NAME=COLUMN, with columns of {sorted(found)}.")
-    return [[row | {name: row.get(key) for name, key in renamed} for row in part] for part in parts[:2]]
+                if not is_json or row["text"].strip():
+                    row = {**json.loads(row["text"])} if is_json else row
+                    part.append(to_texts(row | {key: row.get(x) for key, x in renamed}, columns, tokenizer))
+            except Exception as error:  # a chat template raises what it likes
+                raise UserError(f"{flag}: row {number} of {name}: {type(error).__name__}: {error}.") from error
+    held = {x for x, *_ in parts[-1]} - {""}
+    if len(parts) == 1:  # a tenth of the prompts, the same in every script
+        parts[0].sort(key=lambda row: hashlib.sha256(row[0].encode()).digest())
+        held = {*[*dict.fromkeys(x for x, *_ in parts[0] if x)][: min(max(len(held) // 10, 2), 1000)]}
+        parts.append([row for row in parts[0] if row[0] in held])
+    elif dropped := sum(row[0] in held for row in parts[0]):
+        print(f"{'':14}{dropped:,} train rows dropped: their prompts are held out")
+    return [[row for row in parts[0] if row[0] not in held], parts[1]]
 
 
 def load_rows(tokenizer, args, columns):
     """(train, held-out) rows of 1-D id tensors, {"prompt", *columns}, responses with one EOS; prints what is left out.
-    Data of pairs give demonstrations by their chosen responses. Without a column `prompt`, chosen and rejected are
-    dialogues that share all up to the last "\n\nAssistant:", as in HH. Without held-out data a tenth of the prompts (at
-    most 1,000) is held out. Prompt and response are tokenised apart, as sampling sees them. Raises UserError."""
-    parts, flag, keys = read_dataset(args), f"--dataset {args.dataset}", ("prompt", *columns)
-    seen, counts = {""}, (Counter(), Counter())
-    forms = [{*keys}, {"chosen", "rejected"}] + [{"prompt", "chosen"}] * ("rejected" not in columns)
-    for i, part in enumerate(parts):
-        found, rows = {*part[0]} if part else set(), []
-        if not any(form <= found for form in forms):
-            wanted = " or ".join(", ".join(sorted(form)) for form in forms)
-            raise UserError(f"{flag}: expected columns {wanted}; found {sorted(found)}.")
-        for number, row in enumerate(part, 1):
-            for key in {*keys, "chosen", "rejected"} & found:
-                if not isinstance(text := row.get(key), str):
-                    raise UserError(f"{flag}: row {number}: expected text in {key}; found {text!r:.60}.")
-            prompt, shared = row.get("prompt"), True
-            if "prompt" not in found:
-                prompt = "".join(row["chosen"].rpartition("\n\nAssistant:")[:2])
-                shared = prompt and row["rejected"].startswith(prompt)
-                row = {key: row[key][len(prompt) :] for key in ("chosen", "rejected")}
-            seen.add(prompt)
-            row = {"prompt": prompt} | {key: row.get(key, row.get("chosen")) for key in columns}
-            if not shared:
-                counts[i]["dropped: chosen and rejected have no prompt in common"] += 1
-            elif not all(map(str.strip, row.values())):
-                counts[i]["dropped: empty prompt or response"] += 1
-            elif len({row[key] for key in columns}) < len(columns):
-                counts[i]["dropped: chosen and rejected are equal"] += 1
-            else:
-                rows.append(row)
-        parts[i] = rows
-    if len(parts) == 1:
-        prompts = sorted(seen - {""}, key=lambda x: hashlib.sha256(x.encode()).digest())  # the same in every script
-        held = {*prompts[: min(max(len(prompts) // 10, 2), 1000)]}
-        parts = [[row for row in parts[0] if (row["prompt"] in held) == out] for out in (False, True)]
+    Prompt and response are tokenised apart, as sampling sees them. Raises UserError."""
+    parts, keys = read_dataset(tokenizer, args, columns), ("prompt", *columns)
     longest, last = (args.max_prompt_tokens, args.max_response_tokens), tokenizer.eos_token_id
     for i, name in enumerate(("train", "held-out")):
-        texts, rows = [[row[key] for row in parts[i]] for key in keys], []
-        ids = [tokenizer(t, add_special_tokens=key == "prompt").input_ids for key, t in zip(keys, texts) if t]
+        counts, texts, rows = Counter(), [], []
+        for row in parts[i]:
+            if not all(map(str.strip, row)):
+                counts["dropped: empty prompt or response, or no prompt in common"] += 1
+            elif len({*row[1:]}) < len(columns):
+                counts["dropped: chosen and rejected are equal"] += 1
+            else:
+                texts.append(row)
+        ids = [tokenizer([*x], add_special_tokens=k == 0).input_ids for k, x in enumerate(zip(*texts))]
         for prompt, *responses in zip(*ids):
             done = f"{'cut' if args.truncate_prompts else 'dropped'}: prompt of more than {longest[0]} tokens"
-            counts[i][done] += len(prompt) > longest[0]
+            counts[done] += len(prompt) > longest[0]
             if args.truncate_prompts or len(prompt) <= longest[0]:
                 responses = [y if y[-1] == last else [*y, last] for y in responses]
-                cut = f"cut: response of more than {longest[1]} tokens"
-                counts[i][cut] += sum(len(y) > longest[1] for y in responses)
+                counts[f"cut: response of more than {longest[1]} tokens"] += sum(len(y) > longest[1] for y in responses)
                 row = [prompt[-longest[0] :], *(y[: longest[1]] for y in responses)]
                 rows.append({key: torch.tensor(values) for key, values in zip(keys, row)})
-        print(f"{'':14}{len(rows):,} {name} rows" + "".join(f"; {n:,} {what}" for what, n in counts[i].items() if n))
+        print(f"{'':14}{len(rows):,} {name} rows" + "".join(f"; {n:,} {what}" for what, n in counts.items() if n))
         if not rows:
-            raise UserError(f"{flag}: no {name} rows are left; see the counts above.")
+            raise UserError(f"--dataset {args.dataset}: no {name} rows are left; see the counts above.")
         parts[i] = rows
     return parts
 
@@ -547,6 +565,7 @@ def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs
                 weights = {name[6:]: weight.float() for name, weight in weights.items() if name[:6] == "model."}
                 inner.model.save_pretrained(part, state_dict=weights)
                 tokenizer.save_pretrained(part)
+                (part / "README.md").write_text(f"Made by {NAME}.py:\n```\n{(folder / 'args.json').read_text()}\n```\n")
                 found = inner(*inputs, model=load_model(auto_class, part, "--output-dir", inner.model.device, args))
             except Exception as error:
                 raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
@@ -558,15 +577,17 @@ def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs
 
 
 def log(file, writer, step, values):
-    """Append a line to a .jsonl file of the run, and its values to TensorBoard; only the main process has a writer."""
+    """Append a line to a .jsonl file of the run, and its values, without standard errors, to TensorBoard."""
     if writer:
         with open(file, "a") as stream:
             stream.write(json.dumps({"step": step, **values}) + "\n")
         for key, value in values.items():
-            if not isinstance(value, list):
+            if not isinstance(value, list) and not key.endswith("_se"):
                 writer.add_scalar(f"eval/{key}" if file.stem == "frontier" else key, value, step)
-        if columns := [value for value in values.values() if isinstance(value, list)]:
-            writer.add_text(file.stem, "\n\n".join(" | ".join(map(repr, row)) for row in zip(*columns)), step)
+        if columns := {key: value for key, value in values.items() if isinstance(value, list)}:
+            rows = [[*columns], ["---"] * len(columns), *zip(*columns.values())]
+            rows = [[f"{x:.2f}" if isinstance(x, float) else x.replace("|", r"\|") for x in row] for row in rows]
+            writer.add_text(file.stem, "\n".join(" | ".join(" ".join(x.split()) for x in row) for row in rows), step)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -605,6 +626,9 @@ def main(args):
     if run is None:
         return json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
     writer = SummaryWriter(folder) if accelerator.is_main_process else None
+    settings = {key: v if type(v) in (int, float) else str(v) for key, v in vars(args).items()}
+    for summary in hparams(settings, {"sft/eval_loss": 0}) if writer and "update" not in run else ():
+        writer.file_writer.add_summary(summary)
     order = torch.Generator().manual_seed(args.seed)
 
     # ------------------------------------------------------------------------- training
@@ -694,8 +718,14 @@ if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     threading.excepthook = lambda _: None  # of TensorBoard's thread, whose error the next write to it raises again
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    parse = partial(tyro.cli, Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    args = parse()
     try:
+        if args.config:  # the flags of that run, then these
+            run = fetch("run", args.config, "--config", lambda: json.load(open(args.config))["args"].items())
+            run = {k: v for k, v in run if k not in ("config", "resume", "overwrite", "output_dir") and v is not False}
+            run = {k.replace("_", "-"): v if isinstance(v, list) else [v] * (v is not True) for k, v in run.items()}
+            args = parse(args=[*(str(x) for k, v in run.items() for x in (f"--{k}", *v)), *sys.argv[1:]])
         main(args)
     except (UserError, RunError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if args.debug:

@@ -111,10 +111,11 @@ def write_data(folder):
             *rows[8:],
             a_row(1, prompt=""),
             a_row(2, prompt="", completion=""),
-            a_row(3, completion=" ", chosen=" "),
-            a_row(4, rejected=" Okay. Fine."),
-            a_row(5, prompt=rows[0]["prompt"] * 4),
-            a_row(6, completion=" Okay." * 100, chosen=" Okay." * 100),
+            a_row(33, completion=" ", chosen=" "),
+            a_row(34, rejected=" Okay. Fine."),
+            a_row(35, prompt=rows[0]["prompt"] * 4),
+            a_row(36, completion=" Okay." * 100, chosen=" Okay." * 100),
+            rows[0],
         ],
         "dialogues/test": map(a_dialogue, rows[:8]),
         "dialogues/train": [*map(a_dialogue, rows[8:]), *[{"chosen": f"{i}.", "rejected": "No."} for i in range(3)]],
@@ -239,12 +240,10 @@ def named(case):
 
 EVERY = ("p3o_v2", "sft", "reward_model")
 LATER = ("sft", "reward_model")
-TABLES = {"p3o_v2": "prompt or chosen", "sft": "prompt", "reward_model": "prompt"}
-COLUMNS = {
-    "sft": "completion, prompt or chosen, rejected or chosen, prompt",
-    "reward_model": "chosen, prompt, rejected",
-}
+COLUMNS = {"p3o_v2": "chosen", "sft": "completion", "reward_model": "chosen"}  # the first that is missed
 
+EMPTY = "dropped: empty prompt or response, or no prompt in common"
+ROW = "row 3 of train: ValueError: expected text or messages in"
 REFUSED = [
     # what is not there, or cannot be read
     *[(script, "--model no/such-model", "--model no/such-model: no model is there") for script in EVERY],
@@ -264,46 +263,38 @@ REFUSED = [
         for script in EVERY
     ],
     *[
-        (script, "--dataset in/broken.jsonl", "--dataset in/broken.jsonl: line 3 of train is no JSON")
+        (script, "--dataset in/broken.jsonl", "--dataset in/broken.jsonl: row 3 of train: JSONDecodeError: ")
         for script in EVERY
     ],
-    ("p3o_v2", "--dataset in/array.jsonl", "in/array.jsonl: line 3 of train is no JSON object ('list'"),
-    ("sft", "--dataset in/bare.jsonl", "in/bare.jsonl: line 3 of train is no JSON object ('int'"),
-    ("sft", "--dataset in/blank_then_broken.jsonl", "line 5 of train is no JSON object"),
-    (
-        "p3o_v2",
-        "--dataset in/misnamed.jsonl",
-        "row 1: expected text in prompt or chosen; found the columns question, answer",
-    ),
-    *[(s, "--dataset in/misnamed.jsonl", f"expected columns {COLUMNS[s]}") for s in LATER],
-    ("sft", "--dataset in/misnamed.jsonl --seed 2", "found ['answer', 'question']"),
-    ("p3o_v2", "--dataset in/missing.jsonl", "row 3: expected text in prompt or chosen; found the columns answer"),
-    ("sft", "--dataset in/missing.jsonl", "row 3: expected text in "),
-    *[(s, "--dataset in/null.jsonl", f"row 3: expected text in {TABLES[s]}; found None") for s in EVERY],
-    *[(s, "--dataset in/number.jsonl", f"row 3: expected text in {TABLES[s]}; found 7") for s in EVERY],
-    ("p3o_v2", "--dataset in/list.jsonl", "row 3: expected text in prompt or chosen; found ['Hi', 'there']"),
-    ("sft", "--dataset in/null_response.jsonl", "row 3: expected text in c"),
+    ("p3o_v2", "--dataset in/array.jsonl", "in/array.jsonl: row 3 of train: TypeError: 'list' object is not a mapping"),
+    ("sft", "--dataset in/bare.jsonl", "in/bare.jsonl: row 3 of train: TypeError: 'int' object is not a mapping"),
+    ("sft", "--dataset in/blank_then_broken.jsonl", "row 5 of train: JSONDecodeError: "),
+    *[
+        (s, "--dataset in/misnamed.jsonl", f"messages in {COLUMNS[s]}; found None (columns: question, answer)")
+        for s in EVERY
+    ],
+    *[(s, "--dataset in/missing.jsonl", f"{ROW} {COLUMNS[s]}; found None (columns: answer)") for s in EVERY],
+    *[(s, "--dataset in/null.jsonl", f"{ROW} prompt; found None") for s in EVERY],
+    *[(s, "--dataset in/number.jsonl", f"{ROW} prompt; found 7") for s in EVERY],
+    ("p3o_v2", "--dataset in/list.jsonl", f"{ROW} prompt; found ['Hi', 'there']"),
+    ("sft", "--dataset in/null_response.jsonl", f"{ROW} completion; found None"),
     ("sft", "--dataset in/number_response.jsonl", "; found 7"),
-    ("reward_model", "--dataset in/number_response.jsonl", "row 3: expected text in rejected; found 7"),
+    ("reward_model", "--dataset in/number_response.jsonl", f"{ROW} rejected; found 7"),
     *[
         (
             s,
             "--dataset in/misnamed.jsonl --map prompt=answers",
-            "--map prompt=answers: expected NAME=COLUMN, with columns",
+            "expected text or messages in prompt; found None (columns: question, answer, prompt)",
         )
         for s in EVERY
     ],
-    ("p3o_v2", "--dataset in/misnamed.jsonl --map prompt", "with columns of ['answer', 'question']"),
+    ("p3o_v2", "--dataset in/misnamed.jsonl --map prompt", "expected text or messages in prompt; found None"),
     # nothing left
     ("p3o_v2", "--dataset in/no_prompts.jsonl", "--dataset in/no_prompts.jsonl: no train prompts are left"),
-    ("p3o_v2", "--dataset in/one_row.jsonl", "--dataset in/one_row.jsonl: no train prompts are left"),
-    ("p3o_v2", "--dataset in/no_common_prompt.jsonl", "no train prompts are left"),
     ("p3o_v2", "--max-prompt-tokens 1", "no train prompts are left"),
+    *[("p3o_v2", f"--dataset in/{x}.jsonl", "no train prompts are left") for x in ("one_row", "no_common_prompt")],
     *[(script, "--dataset in/one_row.jsonl", "--dataset in/one_row.jsonl: no train rows are left") for script in LATER],
-    *[
-        (script, "--dataset in/no_common_prompt.jsonl", "8 dropped: chosen and rejected have no prompt")
-        for script in LATER
-    ],
+    *[(s, "--dataset in/no_common_prompt.jsonl", f"8 {EMPTY}") for s in LATER],
     ("sft", "--dataset in/no_responses.jsonl", "8 dropped: empty prompt or response"),
     ("sft", "--max-prompt-tokens 2", "no train rows are left; see the counts above"),
     ("reward_model", "--dataset in/equal.jsonl", "8 dropped: chosen and rejected are equal"),
@@ -319,16 +310,16 @@ REFUSED = [
     (
         "p3o_v2",
         "--reward-model in/two_outputs",
-        "expected a score and 768 tokens, found 2 outputs and 768",
+        "expected a score and the policy's 768 tokens, found 2 and 768",
     ),
     ("p3o_v2", "--reward-model in/small_vocabulary", re.compile("--reward-model in/small_vocabulary: .*99")),
-    ("p3o_v2", "--model in/scorer", "no reward: run reward_model.py on this dataset"),
+    ("p3o_v2", "--model in/scorer", "no reward: run reward_model.py on in/ok.jsonl"),
     # reward functions
-    ("p3o_v2", "--reward-fn nothing.py:f", "--reward-fn nothing.py:f: expected FILE.py:function"),
-    ("p3o_v2", "--reward-fn in/rewards.py", "--reward-fn in/rewards.py: expected FILE.py:function"),
-    ("p3o_v2", "--reward-fn in/rewards.py:other", "there is no such file or no such function in it"),
-    ("p3o_v2", "--reward-fn in/rewards.py:value", "--reward-fn in/rewards.py:value: expected FILE.py:function"),
-    ("p3o_v2", "--gold-fn nothing.py:f", "--gold-fn nothing.py:f: expected FILE.py:function"),
+    ("p3o_v2", "--reward-fn nothing.py:f", "--reward-fn nothing.py:f: expected FILE.py:FUNCTION"),
+    ("p3o_v2", "--reward-fn in/rewards.py", "expected FILE.py:FUNCTION; :FUNCTION is missing"),
+    ("p3o_v2", "--reward-fn in/rewards.py:other", "expected FILE.py:FUNCTION; not found"),
+    ("p3o_v2", "--reward-fn in/rewards.py:value", "--reward-fn in/rewards.py:value: expected FILE.py:FUNCTION"),
+    ("p3o_v2", "--gold-fn nothing.py:f", "--gold-fn nothing.py:f: expected FILE.py:FUNCTION"),
     ("p3o_v2", "--reward-fn in/raises.py:f", re.compile("--reward-fn in/raises.py:f: .*division by zero")),
     ("p3o_v2", "--reward-fn in/syntax.py:f", re.compile("--reward-fn in/syntax.py:f: .*invalid syntax")),
     (
@@ -407,10 +398,11 @@ HANDLED = [
     ("reward_model", COUNTED, "17 train rows", "3 dropped: empty prompt or response", "8 held-out rows")
     + ("1 dropped: chosen and rejected are equal", "1 cut: response of more than 32 tokens"),
     ("reward_model", f"{COUNTED} --truncate-prompts", "18 train rows", "1 cut: prompt of more than 40 tokens"),
-    ("p3o_v2", COUNTED, "2 rows without a prompt, dropped", "different train prompts; 1 too long, dropped"),
-    ("p3o_v2", f"{COUNTED} --truncate-prompts", "different train prompts; 1 too long, cut on the left"),
-    *[(s, DIALOGUES, "16 train rows; 3 dropped: chosen and rejected have no prompt in common") for s in LATER],
-    ("p3o_v2", DIALOGUES, "3 rows without a prompt, dropped", "16 different train prompts"),
+    ("p3o_v2", COUNTED, "1 train rows dropped: their prompts are held out")
+    + ("19 different train prompts; 1 too long, dropped; 2 rows without a prompt, dropped",),
+    ("p3o_v2", f"{COUNTED} --truncate-prompts", "20 different train prompts; 1 too long, cut on the left"),
+    *[(s, DIALOGUES, f"16 train rows; 3 {EMPTY}") for s in LATER],
+    ("p3o_v2", DIALOGUES, "16 different train prompts; 0 too long, dropped; 3 rows without a prompt, dropped"),
     ("sft", "--dataset in/blank_lines.jsonl", "22 train rows", "2 held-out rows"),
     ("p3o_v2", "--dataset in/blank_lines.jsonl", "22 different train prompts", "2 different held-out prompts"),
     ("p3o_v2", "--dataset in/few.jsonl", "different held-out prompts"),
@@ -444,8 +436,8 @@ def test_text_that_looks_like_a_date_stays_as_it_is(inputs, tmp_path):
     (tmp_path / "folder").mkdir()
     shutil.copy(inputs / "dates.jsonl", tmp_path / "folder/train.jsonl")
     for dataset in (inputs / "dates.jsonl", tmp_path / "folder"):
-        (rows,) = read_dataset(Args(dataset=str(dataset)))
-        assert {row["prompt"] for row in rows} == days
+        parts = read_dataset(None, Args(dataset=str(dataset)), ())
+        assert {prompt for rows in parts for (prompt,) in rows} == days
     run("p3o_v2", *SMALL["p3o_v2"].split(), "--dataset", inputs / "dates.jsonl", cwd=tmp_path)
     first, *_ = lines(tmp_path / "runs/p3o_v2/dates/tiny/samples.jsonl")
     assert first["prompts"] and {*first["prompts"]} <= days

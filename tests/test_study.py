@@ -40,7 +40,9 @@ def test_variances_are_those_that_are_stored():
     probs, rewards = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([1.0, 0.0, -2.0]).double()
     found, shifted = (study_variance.variances(probs, rewards + shift) for shift in (0, 7))
     assert found["PPG"] == pytest.approx(shifted["PPG"]) and shifted["VPG"] > 10 * found["VPG"]
-    samples = torch.multinomial(probs, 400_000, replacement=True, generator=torch.Generator().manual_seed(0)).view(-1, 4)
+    samples = torch.multinomial(probs, 400_000, replacement=True, generator=torch.Generator().manual_seed(0)).view(
+        -1, 4
+    )
     scores = torch.eye(3).double() - probs
     for K in (2, 4):  # drawn instead of summed
         r, s = rewards[samples[:, :K]], scores[samples[:, :K]]

@@ -1,16 +1,53 @@
-"""What users bring: data with columns of their own, as files of several kinds."""
+"""What users bring: data of many forms, chat templates, reward models with tokens of their own."""
 
 import json
+import re
+import runpy
+import shutil
+import textwrap
 
+import datasets
 import pytest
+import torch
 from conftest import ROOT, run
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+import p3o_v2
+import reward_model
+import sft
 
 QUICK = {
     "p3o_v2": "--num-updates 1 --prompts-per-update 4 --minibatch-size 4 --num-epochs 1 --max-response-tokens 8 "
     "--eval-every 0 --eval-prompts 2",
+    "dpo": "--num-updates 1 --minibatch-size 4 --eval-prompts 2 --max-response-tokens 16",
     "sft": "--num-updates 1 --minibatch-size 4 --eval-prompts 2",
     "reward_model": "--num-updates 1 --minibatch-size 4 --eval-prompts 2",
 }
+CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+CHAT += "{% if m['role'] == 'assistant' %}{{ eos_token }}\n{% endif %}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
+PAIRS = [{"prompt": f"Say {i}.", "chosen": " Yes.", "rejected": " No."} for i in range(24)]
+SAYS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "A cactus?"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 def jsonl(file, rows):
@@ -18,28 +55,271 @@ def jsonl(file, rows):
     return file
 
 
-@pytest.mark.parametrize("script", QUICK)
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def texts_of(tokenizer, dataset, script=reward_model, columns=("chosen", "rejected"), **options):
+    """The different rows, both parts together, as text with special tokens."""
+    args = script.Args(dataset=str(dataset), **options)
+    if script is p3o_v2:
+        return {(tokenizer.decode(ids),) for part in script.load_prompts(tokenizer, args) for ids in part}
+    parts = script.load_rows(tokenizer, args, columns)
+    return {tuple(tokenizer.decode(ids) for ids in row.values()) for part in parts for row in part}
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+@pytest.mark.parametrize("script", [script for script in QUICK if script != "dpo"])
 def test_columns_of_other_names(script, tmp_path):
-    """--map gives the columns the script's names; two may even change places."""
-    rows = [{"question": f"Say {i}.", "chosen": " No.", "best": " Yes."} for i in range(24)]
-    names = ["prompt=question", "chosen=best", "rejected=chosen"]
-    file = jsonl(tmp_path / "rows.jsonl", rows)
+    rows = [{"question": row["prompt"], "best": row["chosen"], "chosen": row["rejected"]} for row in PAIRS]
+    file, names = jsonl(tmp_path / "rows.jsonl", rows), ["prompt=question", "chosen=best", "rejected=chosen"]
     said = run(script, *QUICK[script].split(), "--dataset", file, "--map", *names, cwd=tmp_path)
     assert "22 train rows" in said or "22 different train prompts" in said
-    record = json.loads((tmp_path / f"runs/{script}/rows/tiny/args.json").read_text())
-    assert record["args"]["map"] == names
 
 
-def test_mapped_columns_hold_what_was_mapped(tmp_path):
-    from transformers import AutoTokenizer
+def test_mapped_columns_hold_what_was_mapped(tokenizer, tmp_path):
+    """Two names may even change places."""
+    file = jsonl(tmp_path / "rows.jsonl", [{**row, "question": row.pop("prompt")} for row in map(dict, PAIRS)])
+    names = ("prompt=question", "chosen=rejected", "rejected=chosen")
+    found = texts_of(tokenizer, file, map=names)
+    assert found == {(f"Say {i}.", " No.<|endoftext|>", " Yes.<|endoftext|>") for i in range(24)}
 
-    import reward_model
 
+def test_files_of_all_kinds_hold_the_same(tokenizer, tmp_path):
+    data = datasets.Dataset.from_list(PAIRS)
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=data.select(range(20)), test=data.select(range(20, 24))).save_to_disk(tmp_path / "two")
+    data.to_parquet(tmp_path / "rows.parquet")
+    data.to_json(tmp_path / "rows.jsonl.gz", compression="gzip")
+    expected = texts_of(tokenizer, jsonl(tmp_path / "rows.jsonl", PAIRS))
+    assert len(expected) == 24
+    for name in ("one", "two", "rows.parquet", "rows.jsonl.gz"):
+        assert texts_of(tokenizer, tmp_path / name) == expected, name
+
+
+def test_subset_and_split(tokenizer, tmp_path):
+    """Of a folder that names its configurations as a hub page does."""
+    folder = tmp_path / "data"
+    for name, start in (("first", 0), ("second", 100)):
+        (folder / name).mkdir(parents=True)
+        for split, rows in (("train", range(20)), ("other", range(50, 70)), ("test", range(80, 84))):
+            jsonl(folder / name / f"{split}.jsonl", [{"prompt": f"Say {start + i}."} for i in rows])
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {name}/{split}.jsonl\n" for split in ("train", "other", "test"))
+        for name in ("first", "second")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    args = p3o_v2.Args(dataset=str(folder), subset="second", split="other")
+    train, held_out = p3o_v2.load_prompts(tokenizer, args)
+    assert set(tokenizer.batch_decode(train)) == {f"Say {i}." for i in range(150, 170)}
+    assert set(tokenizer.batch_decode(held_out)) == {f"Say {i}." for i in range(180, 184)}
+    said = run("sft", "--dataset", folder, "--subset", "first", "--split", "all", cwd=tmp_path, code=2)
+    assert "--split all: --dataset" in said and "has the splits train, other, test" in said
+
+
+@pytest.mark.parametrize(
+    "script, columns", [(p3o_v2, ()), (sft, ("completion",)), (reward_model, ("chosen", "rejected"))]
+)
+def test_held_out_prompts_are_not_trained_on(script, columns, tokenizer, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    jsonl(tmp_path / "data/train.jsonl", [*PAIRS, *PAIRS[:3]])
+    jsonl(tmp_path / "data/test.jsonl", PAIRS[:4])
+    args = script.Args(dataset=str(tmp_path / "data"))
+    if script is p3o_v2:
+        parts = script.load_prompts(tokenizer, args)
+    else:
+        parts = ([row["prompt"] for row in part] for part in script.load_rows(tokenizer, args, columns))
+    train, held_out = map(tokenizer.batch_decode, parts)
+    assert len(train) == 20 and len(held_out) == 4 and not {*train} & {*held_out}
+    assert "7 train rows dropped: their prompts are held out" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------ messages
+FORMS = [
+    lambda i: {"prompt": [*SAYS[:2], user(i)], "chosen": assistant("Yes."), "rejected": assistant("No.")},
+    lambda i: {"chosen": [*SAYS[:2], user(i), *assistant("Yes.")], "rejected": [*SAYS[:2], user(i), *assistant("No.")]},
+    lambda i: (
+        {"prompt": [*SAYS[:2], user(i)]}
+        | {key: [*SAYS[:2], user(i), *assistant(y)] for key, y in (("chosen", "Yes."), ("rejected", "No."))}
+    ),
+    lambda i: {"prompt": [*SAYS[:2], user(i)], "chosen": "Yes.", "rejected": "No."},
+]
+
+
+def user(i):
+    return {"role": "user", "content": f"Say {i}."}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_messages_are_rendered_by_the_template(form, tokenizer, tmp_path):
+    """A response is what the template adds, with one end; a prompt ends where the response begins."""
+    file, end = jsonl(tmp_path / "rows.jsonl", map(form, range(12))), "<|endoftext|>"
+    start = f"<user>Hi<assistant>Yes?{end}\n<user>Say "
+    expected = {(f"{start}{i}.<assistant>", f"Yes.{end}", f"No.{end}") for i in range(12)}
+    assert texts_of(tokenizer, file) == expected
+    assert texts_of(tokenizer, file, sft, ("completion",)) == {row[:2] for row in expected}
+    assert texts_of(tokenizer, file, p3o_v2, ()) == {row[:1] for row in expected}
+
+
+def test_a_prompt_of_text_asks_where_the_responses_are_messages(tokenizer, tmp_path):
+    """With the prompt repeated in them or not."""
+    rows = [{"prompt": f"Say {i}.", "completion": assistant("Yes.")} for i in range(6)]
+    rows += [{"prompt": f"Say {i}.", "completion": [user(i), *assistant("Yes.")]} for i in range(6, 12)]
+    found = texts_of(tokenizer, jsonl(tmp_path / "rows.jsonl", rows), sft, ("completion",))
+    assert found == {(f"<user>Say {i}.<assistant>", "Yes.<|endoftext|>") for i in range(12)}
+
+
+def test_the_beginning_of_sequence_stands_once(tmp_path):
+    """Where the template writes it, the tokenizer does not add another."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
-    rows = [{"question": f"Say {i}.", "chosen": " No.", "best": " Yes."} for i in range(24)]
-    names = ("prompt=question", "chosen=best", "rejected=chosen")
-    args = reward_model.Args(dataset=str(jsonl(tmp_path / "rows.jsonl", rows)), map=names)
-    train, held_out = reward_model.load_rows(tokenizer, args, ("chosen", "rejected"))
-    for row in [*train, *held_out]:
-        texts = {key: tokenizer.decode(ids, skip_special_tokens=True) for key, ids in row.items()}
-        assert texts["prompt"].startswith("Say ") and (texts["chosen"], texts["rejected"]) == (" Yes.", " No.")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    post = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = post
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT
+    for name, rows in (("chat", [{"prompt": [user(i)]} for i in range(12)]), ("text", PAIRS)):
+        found = texts_of(tokenizer, jsonl(tmp_path / f"{name}.jsonl", rows), p3o_v2, ())
+        assert {text.count("<s>") for (text,) in found} == {1} and all(text.startswith("<s>") for (text,) in found)
+
+
+def test_messages_without_a_template_are_refused_with_the_remedy(tmp_path):
+    file = jsonl(tmp_path / "rows.jsonl", map(FORMS[0], range(12)))
+    for script in ("p3o_v2", "sft"):
+        said = run(script, "--dataset", file, cwd=tmp_path, code=2)
+        assert "messages need a chat template, which the tokenizer lacks: pass --chat-template FILE" in said
+    said = run("sft", "--dataset", file, "--chat-template", "no.jinja", cwd=tmp_path, code=2)
+    assert "--chat-template no.jinja: no chat template is there" in said
+    (tmp_path / "bad.jinja").write_text("{{ raise_exception('Roles must alternate') }}")
+    said = run("sft", "--dataset", file, "--chat-template", "bad.jinja", cwd=tmp_path, code=2)
+    assert "row 1 of train: TemplateError: Roles must alternate" in said
+
+
+def test_stages_on_messages(tmp_path):
+    """The template is saved with the model, so that the stages after it need no flag."""
+    file = jsonl(tmp_path / "rows.jsonl", map(FORMS[1], range(12)))
+    (tmp_path / "chat.jinja").write_text(CHAT)
+    run("sft", *QUICK["sft"].split(), "--dataset", file, "--chat-template", "chat.jinja", cwd=tmp_path)
+    model = tmp_path / "runs/sft/rows/tiny/model"
+    assert AutoTokenizer.from_pretrained(model).chat_template == CHAT
+    flags = ["--model", model, "--reward-model", ROOT / "tiny/reward_model", "--dataset", file]
+    run("p3o_v2", *QUICK["p3o_v2"].split(), *flags, cwd=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- reward models
+def a_tokenizer(kind):
+    """Of an encoder ([CLS] x [SEP] y [SEP], all lower case), or a decoder with tokens other than tiny's."""
+    if kind == "encoder":
+        tokenizer, special = Tokenizer(models.WordPiece(unk_token="[UNK]")), ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    else:
+        tokenizer, special = Tokenizer(models.BPE()), ["[END]"]
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+    tokenizer.train_from_iterator((ROOT / "tiny/gold.py").read_text().splitlines(), trainer)
+    if kind == "decoder":
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[END]")
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends)
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def a_reward_model(folder, kind, chat_template=None, **options):
+    torch.manual_seed(1)
+    tokenizer = a_tokenizer(kind)
+    tokenizer.chat_template = chat_template
+    options = {"vocab_size": len(tokenizer), "num_labels": 1} | options
+    if kind == "encoder":
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = BertForSequenceClassification(BertConfig(**options, **sizes, initializer_range=0.5))
+    else:
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.5}
+        model = GPT2ForSequenceClassification(GPT2Config(**options, **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, model.eval(), tokenizer
+
+
+@pytest.mark.parametrize("kind", ["more", "none"])
+def test_a_reward_model_with_the_policys_tokens_is_taken(kind, tmp_path):
+    """Also where it has more of them, as padding, and where its folder holds no tokenizer."""
+    model = AutoModelForSequenceClassification.from_pretrained(ROOT / "tiny/reward_model")
+    own = AutoTokenizer.from_pretrained(ROOT / "tiny/reward_model")
+    if kind == "more":
+        own.add_special_tokens({"pad_token": "[PAD]"})
+        model.resize_token_embeddings(len(own))
+        own.save_pretrained(tmp_path / "judge")
+    model.save_pretrained(tmp_path / "judge")
+    flags = ["--dataset", jsonl(tmp_path / "rows.jsonl", PAIRS), "--reward-model", "judge"]
+    run("p3o_v2", *QUICK["p3o_v2"].split(), *flags, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("script, kind", [("p3o_v2", "decoder"), ("ppo", "encoder"), ("dpo", "encoder")])
+def test_a_reward_model_with_other_tokens_is_refused_with_the_remedy(script, kind, tmp_path):
+    """The policy's ids would mean other words to it, however many tokens it has."""
+    a_reward_model(tmp_path / "judge", kind, vocab_size=800)
+    flags = ["--dataset", jsonl(tmp_path / "rows.jsonl", PAIRS), "--reward-model", "judge"]
+    said = run(script, *flags, cwd=tmp_path, code=2)
+    assert "--reward-model judge: expected a score and the policy's 768 tokens, found 1 and 800" in said
+
+
+@pytest.mark.parametrize("script", ["p3o_v2", "dpo"])
+def test_the_readmes_reward_function_takes_an_encoder(script, tmp_path):
+    """It gives what the model's own forward gives, and runs."""
+    folder, model, own = a_reward_model(tmp_path / "judge", "encoder")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code = re.sub('NAME = ".*"', f'NAME = "{folder}"', textwrap.dedent("  " + code.lstrip()))
+    (tmp_path / "judge.py").write_text(code)
+    found = runpy.run_path(tmp_path / "judge.py")["f"](["Hi", "A cactus?"], [" Yes.", " No, ask someone else."])
+    inputs = [own("Hi", " Yes.", return_tensors="pt"), own("A cactus?", " No, ask someone else.", return_tensors="pt")]
+    assert found == pytest.approx([model(**row).logits.item() for row in inputs], rel=1e-5)
+    flags = ["--dataset", jsonl(tmp_path / "rows.jsonl", PAIRS), "--reward-fn", "judge.py:f"]
+    run(script, *QUICK[script].split(), *flags, cwd=tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- settings, the card
+@pytest.mark.parametrize("content", [None, "{", "[1]", "{}", '{"args": 3}'])
+def test_settings_that_are_no_runs(content, tmp_path):
+    if content:
+        (tmp_path / "args.json").write_text(content)
+    assert "--config args.json: no run " in run("sft", "--config", "args.json", cwd=tmp_path, code=2)
+
+
+def test_a_run_with_the_settings_of_another_and_its_card(tmp_path):
+    """Zeros, lists, switches and empty texts too."""
+    given = "--seed 3 --weight-decay 0 --adam-betas 0.8 0.9 --truncate-prompts --map completion=chosen".split()
+    file = jsonl(tmp_path / "rows.jsonl", PAIRS)
+    run("sft", *QUICK["sft"].split(), "--dataset", file, *given, "--output-dir", "first", cwd=tmp_path)
+    run("sft", "--config", "first/args.json", "--seed", 4, "--output-dir", "second", cwd=tmp_path)
+    first, second = (json.loads((tmp_path / name / "args.json").read_text())["args"] for name in ("first", "second"))
+    differing = {key for key in first if first[key] != second[key]}
+    assert differing == {"seed", "output_dir", "config"} and second["seed"] == 4
+    card = (tmp_path / "first/model/README.md").read_text()
+    assert "Made by sft.py" in card and str(file) in card and "git_commit" in card
+    record = json.loads((tmp_path / "first/args.json").read_text())
+    (tmp_path / "typed.json").write_text(json.dumps({"args": record["args"] | {"seed": "many"}}))
+    (tmp_path / "unknown.json").write_text(json.dumps({"args": record["args"] | {"speed": 3}}))
+    assert "--seed" in run("sft", "--config", "typed.json", cwd=tmp_path, code=2)
+    assert "--speed" in run("sft", "--config", "unknown.json", cwd=tmp_path, code=2)
+
+
+def test_a_run_ends_when_its_kl_passes_the_target(tmp_path):
+    """With its model saved and evaluated, as after its last update."""
+    flags = [*QUICK["p3o_v2"].split(), "--num-updates", 6, "--learning-rate", 3e-3, "--target-kl", 1e-6]
+    said = run("p3o_v2", *flags, "--output-dir", "run", cwd=tmp_path)
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["objective/kl"] > 1e-6 for row in metrics] == [False] * (len(metrics) - 1) + [True] and len(metrics) < 6
+    assert f"ends after {len(metrics)} updates: the KL, " in said
+    last = json.loads((tmp_path / "run/frontier.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == len(metrics) and (tmp_path / "run/model").is_dir()
+
+
+def test_a_script_copied_elsewhere_says_where_tiny_is(tmp_path):
+    shutil.copy(ROOT / "p3o_v2.py", tmp_path / "mine.py")
+    said = run(tmp_path / "mine.py", cwd=tmp_path, code=2)
+    assert "tiny/ lies beside the scripts in the repository: pass --model, --dataset and --reward-fn." in said
