@@ -17,7 +17,7 @@ run: .venv/.run
 test: .venv/.test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 # Rebuild the embedded world: data, tokenizer, SFT policy, reward model; about ten minutes on two cores.
 tiny: .venv/.run

@@ -72,10 +72,15 @@ def share(run, kl):
     return (path_value(run["frontier"], kl) - reference) / limit_gain(kl)
 
 
+def limit_curve():
+    """The limit's points, as far as half of the samples give the same reward at the same KL to 0.02."""
+    rows = [row for row in stored("limit")["curve"] if abs(row.get("more_than_half") or 0) < 0.02]
+    return sorted(rows, key=lambda row: row["kl"])
+
+
 def limit_gain(kl, key="reward"):
-    curve = sorted((row for row in stored("limit")["curve"] if row["trusted"]), key=lambda row: row["kl"])
     start = {"kl": 0.0, key: stored("limit")[f"ref_{key}"]}
-    return path_value([start, *curve], kl, key) - start[key]
+    return path_value([start, *limit_curve()], kl, key) - start[key]
 
 
 def interval(values):
@@ -111,14 +116,14 @@ def best_setting(script, runs):
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
-def frontier_figure(key="reward", file="frontier.png", title="The learned reward, which is optimised"):
+def frontier_figure(key="reward", file="frontier.png", title="Reward over KL: each algorithm at its best setting"):
     runs, limit = stored("seeds"), stored("limit")
     figure, axes = plt.subplots(figsize=(8.4, 5.4))
-    curve = sorted((row for row in limit["curve"] if row["trusted"]), key=lambda row: row["kl"])
-    start = limit[f"ref_{key}"]
+    curve, start = limit_curve(), limit[f"ref_{key}"]
     axes.plot([0, *(r["kl"] for r in curve)], [start, *(r[key] for r in curve)], color="black", lw=2)
-    end = [r for r in curve if r["kl"] <= 5.6][-1]
-    axes.annotate("the limit: no policy is above", (end["kl"], end[key]), (2.2, end[key] + 0.12), fontsize=10)
+    note = "the limit: no policy has more" if key == "reward" else "the policy that is the limit of the learned reward"
+    at = min(curve, key=lambda row: abs(row["kl"] - 2.6))
+    axes.text(2.5, at[key] + 0.25, note, fontsize=10, ha="right")
     best_of = [row for row in limit["best_of_n"] if row["kl"] <= 5.6]
     axes.plot([r["kl"] for r in best_of], [r[key] for r in best_of], ":", color="black", lw=1.2, label="best of n")
     for script in NAMES:
@@ -126,12 +131,15 @@ def frontier_figure(key="reward", file="frontier.png", title="The learned reward
         path = mean_path(found, "kl", key)
         label = f"{NAMES[script]}  (lr {lr:g}, {'τ' if script == 'ipo' else 'β'} {beta:g})"
         style = {"color": COLOURS[script], "marker": "o" if script in ("p3o_v1", "p3o_v2") else "s", "ms": 4}
-        style |= {"ls": "-" if "num_responses" in found[0]["settings"] or script in list(NAMES)[:4] else "--"}
-        axes.errorbar(path["kl"], path[key], path[f"{key}_se"], path["kl_se"], label=label, elinewidth=0.8, **style)
+        style["ls"] = "-" if script in ("p3o_v1", "p3o_v2", "ppo", "online_dpo") else "--"
+        axes.errorbar(path["kl"], path[key], path[f"{key}_se"], label=label, elinewidth=0.9, **style)
+        axes.errorbar(path["kl"], path[key], None, path["kl_se"], fmt="none", color=COLOURS[script], alpha=0.25)
     axes.set_xlim(0, 5.6)
     axes.set_xlabel("KL from the SFT policy, nats a response")
     axes.set_ylabel("reward of held-out prompts' responses" if key == "reward" else "true (gold) reward")
-    axes.set_title(f"{title}\nmeans over {len(found)} seeds with 95 % intervals; embedded world", fontsize=11)
+    axes.set_title(
+        f"{title}\nmeans of {len(found)} seeds with 95 % intervals, same budget, embedded world", fontsize=11
+    )
     axes.legend(loc="lower right", frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -188,14 +196,19 @@ def grid_table():
 
 
 def limit_table():
-    limit, rows = stored("limit"), []
-    for kl in (0.5, 1, 2, 3, 4, 5):
-        curve = sorted((row for row in limit["curve"] if row["trusted"]), key=lambda row: row["kl"])
-        if kl <= curve[-1]["kl"]:
-            nearest = min(curve, key=lambda row: abs(row["kl"] - kl))
-            values = (limit[f"ref_{key}"] + limit_gain(kl, key) for key in ("reward", "gold"))
-            rows.append([f"{kl:g}", *(f"{value:.2f}" for value in values), f"{nearest['ess']:.0f}"])
-    return table(["KL", "best reward", "gold there, at most", "effective samples a prompt"], rows)
+    limit, curve, rows = stored("limit"), limit_curve(), []
+    rows.append(["0", *(f"{limit[f'ref_{key}']:.2f}" for key in ("reward", "gold")), "", ""])
+    for kl in (0.5, 1, 2, 3, 4):
+        near = min(curve, key=lambda row: abs(row["kl"] - kl))
+        values = (limit[f"ref_{key}"] + limit_gain(kl, key) for key in ("reward", "gold"))
+        rows.append([f"{kl:g}", *(f"{x:.2f}" for x in values), f"{near['ess']:.0f}", f"{near['more_than_half']:.3f}"])
+    for row in limit["best_of_n"]:
+        if row["n"] in (4, 16, 64, 256):
+            rows.append(
+                [f"best of {row['n']}, ≤ {row['kl']:.2f}", f"{row['reward']:.2f}", f"{row['gold']:.2f}", "", ""]
+            )
+    head = ["KL", "reward", "gold of the same policy", "effective samples a prompt", "more than with half of them"]
+    return table(head, rows)
 
 
 def gold_table():
@@ -303,5 +316,5 @@ if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
     PAGE.write_text(after)
     frontier_figure()
-    frontier_figure("gold", "frontier_gold.png", "The true reward, which no algorithm saw")
+    frontier_figure("gold", "frontier_gold.png", "The true reward of the same runs, which none of them saw")
     gold_figure()
