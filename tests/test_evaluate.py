@@ -339,7 +339,7 @@ def test_samples(real_run):
         "compare run tiny --judge-url http://localhost/v1": "--judge-url: expected http",
         "compare half tiny": "half: the run has saved no model yet",
         "samples": "samples: expected a policy",
-        "samples tiny --reward-fn nowhere.py:f": "--reward-fn nowhere.py:f: expected FILE.py:function",
+        "samples tiny --reward-fn nowhere.py:f": "--reward-fn nowhere.py:f: expected FILE.py:FUNCTION",
         "limit --num-samples 1": "--num-samples 1: expected at least 2",
         "limit --dataset nowhere.jsonl": "no reward: run reward_model.py",
     }.items(),

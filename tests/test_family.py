@@ -116,7 +116,7 @@ def test_offline_scripts_learn_the_preferences_of_held_out_pairs(script, data, t
     [
         (["--model", "no/such-folder"], "--model no/such-folder: no model is there"),
         (["--dataset", "nothing.jsonl"], "--dataset nothing.jsonl: no dataset is there"),
-        (["--reward-fn", "nothing.py:f"], "expected FILE.py:function"),
+        (["--reward-fn", "nothing.py:f"], "expected FILE.py:FUNCTION"),
         (["--learning-rate", "-1"], "--learning-rate -1.0: expected at least 0"),
         (["--minibatch-size", 0], "--minibatch-size 0: expected at least 1"),
         (["--temperature", 0], "--temperature 0.0: expected at least 0.001"),

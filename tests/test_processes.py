@@ -98,7 +98,8 @@ def rows(tmp_path_factory):
     for name, count in (("train", 5), ("test", 3)):
         with open(folder / f"{name}.jsonl", "w") as file:
             for i in range(count):
-                prompt = f"\n\nHuman: How can I water {'a cactus ' * (i % 3 + 1)}?\n\nAssistant:"
+                what = {"train": "a cactus ", "test": "a tree "}[name]
+                prompt = f"\n\nHuman: How can I water {what * (i % 3 + 1)}?\n\nAssistant:"
                 good, bad = f" Give it {'fresh ' * i}water.", " No."
                 row = {"prompt": prompt, "completion": good, "chosen": good, "rejected": bad}
                 file.write(json.dumps(row) + "\n")

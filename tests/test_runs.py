@@ -117,7 +117,7 @@ def test_three_stages_find_each_other_on_a_file_of_dialogues(tmp_path):
     flags = ["--model", "models/small", "--dataset", "numbers.jsonl.gz"]
 
     said = run("sft", *flags, "--data-epochs", 4, "--learning-rate", 1e-3, cwd=tmp_path)
-    assert "1 dropped: chosen and rejected have no prompt in common" in said
+    assert "1 dropped: empty prompt or response, or no prompt in common" in said
     rows = [row for row in lines(tmp_path / "runs/sft/numbers/small/evaluations.jsonl")]
     assert rows[-1]["sft/eval_loss"] < 0.8 * rows[0]["sft/eval_loss"]
 
@@ -139,8 +139,8 @@ def test_three_stages_find_each_other_on_a_file_of_dialogues(tmp_path):
     [
         (["--model", "no/such-folder"], "--model no/such-folder: no model is there"),
         (["--dataset", "nothing.jsonl"], "--dataset nothing.jsonl: no dataset is there"),
-        (["--reward-fn", "nothing.py:f"], "expected FILE.py:function"),
-        (["--dataset", "other.jsonl"], "expected text in prompt or chosen; found the columns question"),
+        (["--reward-fn", "nothing.py:f"], "expected FILE.py:FUNCTION"),
+        (["--dataset", "other.jsonl"], "expected text or messages in chosen; found None (columns: question"),
         (["--max-prompt-tokens", 1], "no train prompts are left"),
         (["--output-dir", "."], "holds files already"),
         (["--num-responses", 1], "--num-responses 1: P3O compares"),
