@@ -277,9 +277,7 @@ def read_dataset(tokenizer, args, columns):
     held = {x for x, *_ in parts[-1]} - {""}
     if len(parts) == 1:  # a tenth of the prompts, the same in every script
         held = {*sorted(held, key=lambda x: hashlib.sha256(x.encode()).digest())[: min(max(len(held) // 10, 2), 1000)]}
-        parts[0].sort(
-            key=lambda row: columns or hashlib.sha256(row[0].encode()).digest()
-        )  # prompts alone: in that order
+        parts[0].sort(key=lambda row: columns or hashlib.sha256(row[0].encode()).digest())  # prompts alone: so ordered
         parts.append([row for row in parts[0] if row[0] in held])
     elif dropped := sum(row[0] in held for row in parts[0]):
         print(f"{'':14}{dropped:,} train rows dropped: their prompts are held out")

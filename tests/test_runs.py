@@ -116,13 +116,13 @@ def test_three_stages_find_each_other_on_a_file_of_dialogues(tmp_path):
         file.writelines(json.dumps(row) + "\n" for row in hh_rows())
     flags = ["--model", "models/small", "--dataset", "numbers.jsonl.gz"]
 
-    said = run("sft", *flags, "--data-epochs", 4, "--learning-rate", 1e-3, cwd=tmp_path)
-    assert "1 dropped: empty prompt or response, or no prompt in common" in said
+    run("sft", *flags, "--data-epochs", 4, "--learning-rate", 1e-3, cwd=tmp_path)  # all chosen responses
     rows = [row for row in lines(tmp_path / "runs/sft/numbers/small/evaluations.jsonl")]
     assert rows[-1]["sft/eval_loss"] < 0.8 * rows[0]["sft/eval_loss"]
 
     said = run("reward_model", *flags, "--data-epochs", 8, "--learning-rate", 1e-3, cwd=tmp_path)
     assert "runs/sft/numbers/small/model" in said
+    assert "1 dropped: empty prompt or response, or no prompt in common" in said
     rows = [row for row in lines(tmp_path / "runs/reward_model/numbers/small/evaluations.jsonl")]
     assert rows[-1]["rm/eval_accuracy"] == 1
     saved = tmp_path / "runs/reward_model/numbers/small/model"
