@@ -62,6 +62,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
+PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.md says where they are documented
+    "sft/tldr": "trl-lib/pythia-{}-deduped-tldr-sft",
+    "reward_model/tldr": "cleanrl/EleutherAI_pythia-{}-deduped__reward__tldr",
+}
 # Settings of a run that leave its curve as it is: runs that differ in these alone are one curve.
 SAME_CURVE = "seed output_dir overwrite resume save_every device debug micro_batch_size gradient_checkpointing".split()
 ROUND = 32  # samples a prompt between two saves of the limit; another number gives other samples
@@ -198,13 +202,17 @@ def short_name(path):
 
 
 def find_stage(stage, model, dataset):
-    """The model that an earlier stage (sft, reward_model) saved for this base model and dataset: a folder, or None."""
+    """The model that an earlier stage (sft, reward_model) saved for this base model and dataset, or else a public one:
+    a folder, a hub id, or None."""
     if model == "tiny":
         return f"{TINY}/{stage}"
     run = Path("runs") / stage / short_name(dataset) / short_name(model)
     saved = json.loads((run / "args.json").read_text()) if (run / "model").is_dir() else {"base_name": None}
     same = saved.get("base_name") == short_name(model) and saved["args"]["dataset"] == dataset
-    return f"{run}/model" if same and (stage != "sft" or saved["args"]["model"] == model) else None
+    if same and (stage != "sft" or saved["args"]["model"] == model):
+        return f"{run}/model"
+    size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
+    return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
 
 
 def fetch(kind, name, flag, load):
@@ -226,6 +234,8 @@ def load_model(auto_class, name, flag, device, args, train=False, new_head=False
     model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
     if info["missing_keys"] and not new_head:
         raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
+    if train and getattr(model, "peft_config", None):
+        raise UserError(f"{flag} {name}: it is an adapter; merge it into its model first, see docs/recipes.md.")
     head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 2]])
     with torch.no_grad():
         if head and not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), 0, 1e-4, True):
@@ -244,6 +254,13 @@ def set_up_model(model, args, train):
     if unfrozen:
         trunk.requires_grad_(False)
         layers[-unfrozen:].requires_grad_(True)
+    if train and vars(args).get("lora_rank"):
+        from peft import LoraConfig  # optional
+
+        which = [k.removesuffix(".weight") for k, w in layers.named_parameters() if w.ndim == 2 and w.requires_grad]
+        options = {"target_modules": which, "modules_to_save": ["score"] * hasattr(model, "score") or None}
+        options |= {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "task_type": "CAUSAL_LM"}
+        model.add_adapter(LoraConfig(**options))
     for layer in layers if train and args.gradient_checkpointing else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
@@ -330,6 +347,10 @@ def read_dataset(tokenizer, args, columns):
                     part.append(to_texts(row | {key: row.get(x) for key, x in renamed}, columns, tokenizer))
             except Exception as error:  # a chat template raises what it likes
                 raise UserError(f"{flag}: row {number} of {name}: {type(error).__name__}: {error}.") from error
+    if args.dataset == "tldr":
+        posts = [[row for row in part if row[0].startswith("SUBREDDIT")] for part in parts]
+        print(f"{'':14}{sum(map(len, parts)) - sum(map(len, posts)):,} rows dropped: of CNN/DM, no Reddit posts")
+        parts = posts
     held = {x for x, *_ in parts[-1]} - {""}
     if len(parts) == 1:  # a tenth of the prompts, the same in every script
         held = {*sorted(held, key=lambda x: hashlib.sha256(x.encode()).digest())[: min(max(len(held) // 10, 2), 1000)]}

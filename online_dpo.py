@@ -58,6 +58,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
+PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.md says where they are documented
+    "sft/tldr": "trl-lib/pythia-{}-deduped-tldr-sft",
+    "reward_model/tldr": "cleanrl/EleutherAI_pythia-{}-deduped__reward__tldr",
+}
 # Settings that may change when a run is resumed: what is left of it, and what changes memory and speed alone.
 FREE = "args config resume overwrite debug output_dir num_updates eval_every save_every device".split()
 FREE = {*FREE, "micro_batch_size", "gradient_checkpointing"}
@@ -91,6 +95,8 @@ class Args:
     resume: bool = False  # go on from the folder's last checkpoint, or from the beginning where there is none
     save_every: int = 20  # updates between checkpoints (0: only at the end, and when stopped by Ctrl-C or SIGTERM)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    dry_run: bool = False  # show two rows as the model sees them, the lengths of all and the memory needed, and stop
+    track: bool = False  # log to Weights & Biases too (pip install wandb)
     debug: bool = False  # show the traceback of a mistake too
     config: str = ""  # args.json of a run, whose settings take the place of the defaults (all but its folder)
     # Model, rewards, data
@@ -117,6 +123,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products alone (float16 overflows: not offered)
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
     unfrozen_layers: int = 0  # train only the last layers, and the head if it has its own weights (0: everything)
+    lora_rank: int = 0  # train low-rank factors of those layers' weights alone, and save them alone (0: the weights)
     # Optimiser
     learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
     weight_decay: float = 1e-6  # AdamW's, decoupled
@@ -177,13 +184,17 @@ def short_name(path):
 
 
 def find_stage(stage, model, dataset):
-    """The model that an earlier stage (sft, reward_model) saved for this base model and dataset: a folder, or None."""
+    """The model that an earlier stage (sft, reward_model) saved for this base model and dataset, or else a public one:
+    a folder, a hub id, or None."""
     if model == "tiny":
         return f"{TINY}/{stage}"
     run = Path("runs") / stage / short_name(dataset) / short_name(model)
     saved = json.loads((run / "args.json").read_text()) if (run / "model").is_dir() else {"base_name": None}
     same = saved.get("base_name") == short_name(model) and saved["args"]["dataset"] == dataset
-    return f"{run}/model" if same and (stage != "sft" or saved["args"]["model"] == model) else None
+    if same and (stage != "sft" or saved["args"]["model"] == model):
+        return f"{run}/model"
+    size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
+    return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
 
 
 def fetch(kind, name, flag, load):
@@ -205,6 +216,8 @@ def load_model(auto_class, name, flag, device, args, train=False, new_head=False
     model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
     if info["missing_keys"] and not new_head:
         raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
+    if train and getattr(model, "peft_config", None):
+        raise UserError(f"{flag} {name}: it is an adapter; merge it into its model first, see docs/recipes.md.")
     head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 2]])
     with torch.no_grad():
         if head and not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), 0, 1e-4, True):
@@ -223,6 +236,13 @@ def set_up_model(model, args, train):
     if unfrozen:
         trunk.requires_grad_(False)
         layers[-unfrozen:].requires_grad_(True)
+    if train and vars(args).get("lora_rank"):
+        from peft import LoraConfig  # optional
+
+        which = [k.removesuffix(".weight") for k, w in layers.named_parameters() if w.ndim == 2 and w.requires_grad]
+        options = {"target_modules": which, "modules_to_save": ["score"] * hasattr(model, "score") or None}
+        options |= {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "task_type": "CAUSAL_LM"}
+        model.add_adapter(LoraConfig(**options))
     for layer in layers if train and args.gradient_checkpointing else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
@@ -309,6 +329,10 @@ def read_dataset(tokenizer, args, columns):
                     part.append(to_texts(row | {key: row.get(x) for key, x in renamed}, columns, tokenizer))
             except Exception as error:  # a chat template raises what it likes
                 raise UserError(f"{flag}: row {number} of {name}: {type(error).__name__}: {error}.") from error
+    if args.dataset == "tldr":
+        posts = [[row for row in part if row[0].startswith("SUBREDDIT")] for part in parts]
+        print(f"{'':14}{sum(map(len, parts)) - sum(map(len, posts)):,} rows dropped: of CNN/DM, no Reddit posts")
+        parts = posts
     held = {x for x, *_ in parts[-1]} - {""}
     if len(parts) == 1:  # a tenth of the prompts, the same in every script
         held = {*sorted(held, key=lambda x: hashlib.sha256(x.encode()).digest())[: min(max(len(held) // 10, 2), 1000)]}
@@ -332,6 +356,22 @@ def load_prompts(tokenizer, args):
         if not parts[i]:
             raise UserError(f"--dataset {args.dataset}: no {name} prompts are left.")
     return parts
+
+
+def show_rows(tokenizer, rows, models):
+    """--dry-run: two rows token by token, prompts grey and responses, which are trained on, green; the length of the
+    parts of all rows; the memory of the models' weights, gradients and AdamW's moments. rows: lists of 1-D ids."""
+    for row in rows[:2]:
+        for part, ids in enumerate(row):
+            tokens = "|".join(repr(tokenizer.decode(i))[1:-1] for i in ids)
+            print(f"\033[{32 if part else 90}m{tokens}\033[0m")
+        print()
+    for part, lengths in enumerate(zip(*(map(len, row) for row in rows))):
+        at = ", ".join(str(sorted(lengths)[int(share * (len(rows) - 1))]) for share in (0, 0.05, 0.5, 0.95, 1))
+        print(f"{'response' if part else 'prompt':14}{at} tokens: shortest, 5 %, median, 95 %, longest")
+    weights = {weight.data_ptr(): weight for model in models for weight in model.parameters()}.values()  # shared: once
+    size = sum(weight.nbytes * (4 if weight.requires_grad else 1) for weight in weights) / 2**30
+    print(f"memory        {size:.2f} GiB for weights, gradients and AdamW; activations and logits come on top")
 
 
 def text_reward(spec, flag, tokenizer):
@@ -624,6 +664,22 @@ def open_run(accelerator, folder, args, **record):
     return record | state
 
 
+def open_writer(accelerator, folder, args, run, *measures):
+    """The main process's TensorBoard writer; a new run's settings go to its HPARAMS tab, beside these measures. With
+    --track Weights & Biases gets all of it too (WANDB_MODE=offline keeps it in the run's folder)."""
+    if not accelerator.is_main_process:
+        return None
+    if args.track:
+        import wandb  # optional
+
+        wandb.init(project="p3o", name=str(folder), dir=folder, config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(folder)
+    settings = {key: v if type(v) in (int, float) else str(v) for key, v in vars(args).items()}
+    for summary in hparams(settings, dict.fromkeys(measures, 0)) if "update" not in run else ():
+        writer.file_writer.add_summary(summary)
+    return writer
+
+
 def save_checkpoint(accelerator, folder, writer, state):
     """All that a resume needs, in folder/checkpoint/UPDATE; the one before goes when this is whole. Raises RunError."""
     new = folder / f"checkpoint/{state['update']:08}"
@@ -692,8 +748,9 @@ def main(args):
     policy_path = find_stage("sft", args.model, args.dataset) or args.model
     policy = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args, train=True)
     reference = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args)
-    for weight, ref_weight in zip(policy.parameters(), reference.parameters()):
-        ref_weight.data = ref_weight.data if weight.requires_grad else weight.data  # what is frozen, once in memory
+    frozen = {k.replace(".base_layer", ""): w.data for k, w in policy.named_parameters() if not w.requires_grad}
+    for name, weight in reference.named_parameters():
+        weight.data = frozen.get(name, weight.data)  # what is frozen, once in memory
     tokenizer, end_ids = load_tokenizer(policy_path, policy, args)
     reward_path = args.reward_fn or args.reward_model or find_stage("reward_model", args.model, args.dataset)
     if not reward_path:
@@ -720,6 +777,9 @@ def main(args):
     with accelerator.local_main_process_first():  # one process of a machine fills the cache of datasets
         prompts, eval_prompts = load_prompts(tokenizer, args)
     eval_prompts = eval_prompts[: args.eval_prompts]
+    if args.dry_run:
+        models = [policy, reference, *([] if args.reward_fn else [reward_model])]
+        return show_rows(tokenizer, [[x] for x in prompts], models)
 
     # ------------------------------------------------------------------------- optimiser, run folder, randomness
     lr = args.learning_rate or (1.5e-4 if args.model == "tiny" else 1e-6)  # 1e-6: the authors' for Pythia-1B
@@ -731,10 +791,7 @@ def main(args):
     run = open_run(accelerator, folder, args, script=NAME, base_name=base, policy=policy_path, reward=reward_path)
     if run is None:
         return json.loads((folder / "frontier.jsonl").read_text().splitlines()[-1])
-    writer = SummaryWriter(folder) if accelerator.is_main_process else None
-    settings = {key: v if type(v) in (int, float) else str(v) for key, v in vars(args).items()}
-    for summary in hparams(settings, {"eval/reward": 0, "eval/kl": 0}) if writer and "update" not in run else ():
-        writer.file_writer.add_summary(summary)
+    writer = open_writer(accelerator, folder, args, run, "eval/reward", "eval/kl")
     generator = torch.Generator().manual_seed(args.seed)  # of the order of prompts and minibatches, training's noise
     uniform = partial(torch.rand, dtype=torch.float64, generator=generator)
     B, K, T, max_rows = args.prompts_per_update, args.num_responses, args.max_response_tokens, args.micro_batch_size
@@ -867,10 +924,11 @@ if __name__ == "__main__":
             run = {k.replace("_", "-"): v if isinstance(v, list) else [v] * (v is not True) for k, v in run.items()}
             args = parse(args=[*(str(x) for k, v in run.items() for x in (f"--{k}", *v)), *sys.argv[1:]])
         main(args)
-    except (UserError, RunError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (UserError, RunError, OSError, ImportError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if args.debug:
             raise
-        code, said = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1), f"{NAME}.py: {error or 'interrupted'}"
+        codes = {UserError: 2, ModuleNotFoundError: 2, KeyboardInterrupt: 130}
+        code, said = codes.get(type(error), 1), f"{NAME}.py: {error or 'interrupted'}"
         if code == 1:
             said += "\nWhat was saved is kept: when this is mended, the same command with --resume goes on."
         if isinstance(error, torch.OutOfMemoryError):

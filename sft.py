@@ -72,6 +72,8 @@ class Args:
     resume: bool = False  # go on from the folder's last checkpoint, or from the beginning where there is none
     save_every: int = 200  # updates between checkpoints (0: only at the end, and when stopped by Ctrl-C or SIGTERM)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    dry_run: bool = False  # show two rows as the model sees them, the lengths of all and the memory needed, and stop
+    track: bool = False  # log to Weights & Biases too (pip install wandb)
     debug: bool = False  # show the traceback of a mistake too
     config: str = ""  # args.json of a run, whose settings take the place of the defaults (all but its folder)
     # Model
@@ -94,6 +96,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products alone (float16 overflows: not offered)
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
     unfrozen_layers: int = 0  # train only the last layers, and the head if it has its own weights (0: everything)
+    lora_rank: int = 0  # train low-rank factors of those layers' weights alone, and save them alone (0: the weights)
     # Optimiser
     learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # how the learning rate falls over the run
@@ -170,6 +173,8 @@ def load_model(auto_class, name, flag, device, args, train=False, new_head=False
     model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
     if info["missing_keys"] and not new_head:
         raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
+    if train and getattr(model, "peft_config", None):
+        raise UserError(f"{flag} {name}: it is an adapter; merge it into its model first, see docs/recipes.md.")
     head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 2]])
     with torch.no_grad():
         if head and not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), 0, 1e-4, True):
@@ -188,6 +193,13 @@ def set_up_model(model, args, train):
     if unfrozen:
         trunk.requires_grad_(False)
         layers[-unfrozen:].requires_grad_(True)
+    if train and vars(args).get("lora_rank"):
+        from peft import LoraConfig  # optional
+
+        which = [k.removesuffix(".weight") for k, w in layers.named_parameters() if w.ndim == 2 and w.requires_grad]
+        options = {"target_modules": which, "modules_to_save": ["score"] * hasattr(model, "score") or None}
+        options |= {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "task_type": "CAUSAL_LM"}
+        model.add_adapter(LoraConfig(**options))
     for layer in layers if train and args.gradient_checkpointing else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
@@ -274,6 +286,10 @@ def read_dataset(tokenizer, args, columns):
                     part.append(to_texts(row | {key: row.get(x) for key, x in renamed}, columns, tokenizer))
             except Exception as error:  # a chat template raises what it likes
                 raise UserError(f"{flag}: row {number} of {name}: {type(error).__name__}: {error}.") from error
+    if args.dataset == "tldr":
+        posts = [[row for row in part if row[0].startswith("SUBREDDIT")] for part in parts]
+        print(f"{'':14}{sum(map(len, parts)) - sum(map(len, posts)):,} rows dropped: of CNN/DM, no Reddit posts")
+        parts = posts
     held = {x for x, *_ in parts[-1]} - {""}
     if len(parts) == 1:  # a tenth of the prompts, the same in every script
         held = {*sorted(held, key=lambda x: hashlib.sha256(x.encode()).digest())[: min(max(len(held) // 10, 2), 1000)]}
@@ -312,6 +328,22 @@ def load_rows(tokenizer, args, columns):
             raise UserError(f"--dataset {args.dataset}: no {name} rows are left; see the counts above.")
         parts[i] = rows
     return parts
+
+
+def show_rows(tokenizer, rows, models):
+    """--dry-run: two rows token by token, prompts grey and responses, which are trained on, green; the length of the
+    parts of all rows; the memory of the models' weights, gradients and AdamW's moments. rows: lists of 1-D ids."""
+    for row in rows[:2]:
+        for part, ids in enumerate(row):
+            tokens = "|".join(repr(tokenizer.decode(i))[1:-1] for i in ids)
+            print(f"\033[{32 if part else 90}m{tokens}\033[0m")
+        print()
+    for part, lengths in enumerate(zip(*(map(len, row) for row in rows))):
+        at = ", ".join(str(sorted(lengths)[int(share * (len(rows) - 1))]) for share in (0, 0.05, 0.5, 0.95, 1))
+        print(f"{'response' if part else 'prompt':14}{at} tokens: shortest, 5 %, median, 95 %, longest")
+    weights = {weight.data_ptr(): weight for model in models for weight in model.parameters()}.values()  # shared: once
+    size = sum(weight.nbytes * (4 if weight.requires_grad else 1) for weight in weights) / 2**30
+    print(f"memory        {size:.2f} GiB for weights, gradients and AdamW; activations and logits come on top")
 
 
 # -------------------------------------------------------------------------------------------- sample, log-probabilities
@@ -534,6 +566,22 @@ def open_run(accelerator, folder, args, **record):
     return record | state
 
 
+def open_writer(accelerator, folder, args, run, *measures):
+    """The main process's TensorBoard writer; a new run's settings go to its HPARAMS tab, beside these measures. With
+    --track Weights & Biases gets all of it too (WANDB_MODE=offline keeps it in the run's folder)."""
+    if not accelerator.is_main_process:
+        return None
+    if args.track:
+        import wandb  # optional
+
+        wandb.init(project="p3o", name=str(folder), dir=folder, config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(folder)
+    settings = {key: v if type(v) in (int, float) else str(v) for key, v in vars(args).items()}
+    for summary in hparams(settings, dict.fromkeys(measures, 0)) if "update" not in run else ():
+        writer.file_writer.add_summary(summary)
+    return writer
+
+
 def save_checkpoint(accelerator, folder, writer, state):
     """All that a resume needs, in folder/checkpoint/UPDATE; the one before goes when this is whole. Raises RunError."""
     new = folder / f"checkpoint/{state['update']:08}"
@@ -599,6 +647,8 @@ def main(args):
         args.model = f"EleutherAI/{args.model}"
     torch.manual_seed(args.seed)
     if args.model == "tiny":  # embedded as a configuration: its weights start from nothing
+        if args.lora_rank:
+            raise UserError("--lora-rank: the embedded model starts from random weights, which no factors can mend.")
         policy_path = f"{TINY}/init"
         policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy_path)).to(accelerator.device).eval()
         set_up_model(policy, args, train=True)
@@ -611,6 +661,8 @@ def main(args):
     with accelerator.local_main_process_first():  # one process of a machine fills the cache of datasets
         rows, eval_rows = load_rows(tokenizer, args, ("completion",))
     eval_rows = eval_rows[: args.eval_prompts]
+    if args.dry_run:
+        return show_rows(tokenizer, [[*row.values()] for row in rows], [policy])
 
     # ------------------------------------------------------------------------- optimiser, run folder
     epochs = args.data_epochs or (3 if args.model == "tiny" else 1)
@@ -625,10 +677,7 @@ def main(args):
     run = open_run(accelerator, folder, args, script=NAME, base_name=base, policy=policy_path)
     if run is None:
         return json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
-    writer = SummaryWriter(folder) if accelerator.is_main_process else None
-    settings = {key: v if type(v) in (int, float) else str(v) for key, v in vars(args).items()}
-    for summary in hparams(settings, {"sft/eval_loss": 0}) if writer and "update" not in run else ():
-        writer.file_writer.add_summary(summary)
+    writer = open_writer(accelerator, folder, args, run, "sft/eval_loss")
     order = torch.Generator().manual_seed(args.seed)
 
     # ------------------------------------------------------------------------- training
@@ -727,10 +776,11 @@ if __name__ == "__main__":
             run = {k.replace("_", "-"): v if isinstance(v, list) else [v] * (v is not True) for k, v in run.items()}
             args = parse(args=[*(str(x) for k, v in run.items() for x in (f"--{k}", *v)), *sys.argv[1:]])
         main(args)
-    except (UserError, RunError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (UserError, RunError, OSError, ImportError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if args.debug:
             raise
-        code, said = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1), f"{NAME}.py: {error or 'interrupted'}"
+        codes = {UserError: 2, ModuleNotFoundError: 2, KeyboardInterrupt: 130}
+        code, said = codes.get(type(error), 1), f"{NAME}.py: {error or 'interrupted'}"
         if code == 1:
             said += "\nWhat was saved is kept: when this is mended, the same command with --resume goes on."
         if isinstance(error, torch.OutOfMemoryError):

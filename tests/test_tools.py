@@ -1,0 +1,186 @@
+"""What the scripts leave to other tools, adapters and trackers among them, and the first contact with the hub."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import dpo
+import p3o_v2
+
+QUICK = "--num-updates 2 --prompts-per-update 4 --minibatch-size 4 --num-epochs 1 --max-response-tokens 8 "
+QUICK = (QUICK + "--eval-every 0 --eval-prompts 4 --output-dir run").split()
+OFFLINE = "--num-updates 2 --minibatch-size 4 --max-response-tokens 8 --eval-prompts 4 --output-dir run".split()
+IDS = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])], [torch.tensor([10, 11, 0]), torch.tensor([12])]
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+@pytest.mark.parametrize("unfrozen, layers", [(0, {0, 1, 2, 3}), (2, {2, 3})])
+def test_factors_alone_are_trained_and_change_nothing_at_first(unfrozen, layers):
+    args = p3o_v2.Args(lora_rank=4, unfrozen_layers=unfrozen)
+    load = [AutoModelForCausalLM, f"{p3o_v2.TINY}/sft", "--model", "cpu", args]
+    policy, plain = p3o_v2.load_model(*load, train=True), p3o_v2.load_model(*load)
+    trained = {name for name, weight in policy.named_parameters() if weight.requires_grad}
+    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+    assert {int(name.split("layers.")[1].split(".")[0]) for name in trained} == layers
+    found, expected = (p3o_v2.response_logprobs(model, *IDS, 1.0) for model in (policy, plain))
+    assert torch.equal(found, expected)
+
+
+class Seen(Exception):
+    pass
+
+
+@pytest.mark.parametrize("flags", [{"lora_rank": 4}, {"unfrozen_layers": 2}])
+def test_the_reference_shares_what_is_frozen(flags, tmp_path, monkeypatch):
+    """So there is no second copy of the weights: with factors it is the policy without them."""
+
+    def evaluate(policy, reference, *others):
+        of_policy = {k.replace(".base_layer", ""): w for k, w in policy.named_parameters()}
+        shared = {k: of_policy[k].data_ptr() == w.data_ptr() for k, w in reference.named_parameters()}
+        assert shared == {k: not of_policy[k].requires_grad for k in shared} and any(shared.values())
+        raise Seen
+
+    monkeypatch.setattr(p3o_v2, "evaluate", evaluate)
+    with pytest.raises(Seen):
+        p3o_v2.main(p3o_v2.Args(output_dir=str(tmp_path / "run"), eval_prompts=2, max_response_tokens=4, **flags))
+
+
+@pytest.mark.parametrize("script, flags", [("p3o_v2", QUICK), ("dpo", OFFLINE)])
+def test_an_adapter_is_saved_merged_and_refused_unmerged(script, flags, tmp_path):
+    run(script, *flags, "--lora-rank", 4, "--learning-rate", 1e-2, cwd=tmp_path)
+    folder, points = tmp_path / "run/model", lines(tmp_path / "run/frontier.jsonl")
+    assert (folder / "adapter_model.safetensors").stat().st_size < (ROOT / "tiny/sft/model.safetensors").stat().st_size
+    assert not (folder / "model.safetensors").exists()
+    assert points[0]["kl"] == 0 and points[-1]["kl"] > 1e-4
+    found = AutoModelForCausalLM.from_pretrained(folder)(IDS[0][0][None]).logits
+    merged = AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()
+    assert torch.allclose(merged(IDS[0][0][None]).logits, found, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "merged")
+    start = ["--dataset", "tiny", "--reward-model", ROOT / "tiny/reward_model", "--overwrite", "--model"]
+    assert "it is an adapter; merge it" in run(script, *flags, *start, folder, cwd=tmp_path, code=2)
+    run(script, *flags, *start, "merged", cwd=tmp_path)
+
+
+def test_an_adapter_of_the_embedded_untrained_model_is_refused(tmp_path):
+    assert "--lora-rank: the embedded model starts from" in run("sft", "--lora-rank", 4, cwd=tmp_path, code=2)
+
+
+def test_a_new_head_is_trained_beside_the_factors():
+    args = p3o_v2.Args(lora_rank=4)
+    load = [AutoModelForSequenceClassification, f"{p3o_v2.TINY}/sft", "--model", "cpu", args]
+    model = p3o_v2.load_model(*load, train=True, new_head=True, num_labels=1)
+    assert [k for k, w in model.named_parameters() if w.requires_grad and ".lora_" not in k] == [
+        "score.modules_to_save.default.weight"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- a look at the data
+@pytest.mark.parametrize("script, parts", [("p3o_v2", 1), ("ppo", 1), ("dpo", 3), ("sft", 2), ("reward_model", 3)])
+def test_a_dry_run_shows_rows_and_leaves_nothing(script, parts, tmp_path):
+    said = run(script, "--dry-run", cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert said.count("\033[90m\\n|\\n|Human|:|") == 2  # prompts, grey
+    shown = [row for row in said.splitlines() if row.startswith("\033[32m")]  # responses, green, each with its end
+    assert len(shown) == 2 * (parts - 1) and all(row.endswith("|<|endoftext|>\033[0m") for row in shown)
+    assert said.count("tokens: shortest, 5 %, median, 95 %, longest") == parts
+    assert "GiB for weights, gradients and AdamW" in said
+
+
+def test_the_memory_of_a_dry_run(capsys):
+    """Four times the weights that are trained, once those that are not, once what is shared."""
+    trained, frozen = torch.nn.Linear(2**14, 2**14, bias=False), torch.nn.Linear(2**14, 2**13, bias=False)
+    frozen.requires_grad_(False)
+    p3o_v2.show_rows(AutoTokenizer.from_pretrained(f"{p3o_v2.TINY}/sft"), [[IDS[0][0]]], [trained, frozen, frozen])
+    assert "4.50 GiB for" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------- trackers
+def test_a_tracked_run(tmp_path):
+    """Offline: what is to be sent lies in the run's folder. A process of its own, since the tracker writes at its end."""
+    offline = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    command = [sys.executable, ROOT / "p3o_v2.py", *QUICK, "--track"]
+    subprocess.run(command, cwd=tmp_path, env=offline, check=True, capture_output=True)
+    (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    kept = file.read_bytes()
+    assert b"missing_eos_penalty" in kept and b"objective/kl_k1" in kept
+
+
+@pytest.mark.parametrize("flag, package", [(["--track"], "wandb"), (["--lora-rank", "4"], "peft")])
+def test_a_tool_that_is_not_installed(flag, package, tmp_path):
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['p3o_v2.py', *sys.argv[1:]]; "
+    code += f"runpy.run_path({str(ROOT / 'p3o_v2.py')!r}, run_name='__main__')"
+    command = [sys.executable, "-c", code, *QUICK, *flag]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert package in result.stderr.splitlines()[-1]
+
+
+# -------------------------------------------------------------------------------------------------------------- the hub
+@pytest.mark.parametrize("size", ["1b", "2.8b-deduped"])
+def test_public_models_are_taken_where_no_run_is(size, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, name = f"EleutherAI/pythia-{size}", size.split("-")[0]
+    assert dpo.find_stage("sft", model, "tldr") == f"trl-lib/pythia-{name}-deduped-tldr-sft"
+    expected = f"cleanrl/EleutherAI_pythia-{name}-deduped__reward__tldr"
+    assert dpo.find_stage("reward_model", model, "tldr") == expected
+    for stage, other, dataset in [
+        ("sft", model, "hh"),
+        ("sft", "gpt2", "tldr"),
+        ("sft", "EleutherAI/pythia-14m", "tldr"),
+    ]:
+        assert dpo.find_stage(stage, other, dataset) is None
+    recipes = (ROOT / "docs/recipes.md").read_text()
+    assert all(public.format("1b") in recipes for public in dpo.PUBLIC.values())
+
+
+def test_summaries_of_news_are_no_tldr(tmp_path):
+    """The validation rows of that dataset hold articles of CNN/DM too."""
+    folder = tmp_path / "trl-lib/tldr-preference"  # in place of the hub's
+    folder.mkdir(parents=True)
+    post = "SUBREDDIT: r/{}\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"
+    for name, start in (("train", 0), ("validation", 100)):
+        rows = [{"prompt": post.format(start + i), "chosen": " Yes.", "rejected": " No."} for i in range(8)]
+        rows += [{"prompt": f"TITLE: {name}\n\nNews.\n\nTL;DR:", "chosen": " A.", "rejected": " B."}]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", ROOT / "tiny/sft", "--dataset", "tldr", *OFFLINE]
+    said = run("dpo", *flags, cwd=tmp_path)
+    assert "2 rows dropped: of CNN/DM, no Reddit posts" in said and "8 train rows" in said and "8 held-out rows" in said
+
+
+def test_models_as_they_lie_on_the_hub(tmp_path):
+    """16-bit weights, no padding token, a generation_config without the end of a text; a reward model with one label
+    named LABEL_0 and a padding token more in its tokenizer than in its config."""
+    policy = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/sft").to(torch.bfloat16)
+    judge = AutoModelForSequenceClassification.from_pretrained(ROOT / "tiny/reward_model")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
+    policy.config.pad_token_id = judge.config.pad_token_id = policy.generation_config.pad_token_id = None
+    policy.generation_config.eos_token_id = policy.generation_config.bos_token_id = None
+    policy.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    judge.resize_token_embeddings(800)  # a multiple of something, as there
+    judge.config.id2label = {0: "LABEL_0"}
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    for name, absent in (("policy/config", "pad_token_id"), ("policy/generation_config", "eos_token_id")):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != absent}))
+    models = ["--model", "policy", "--reward-model", "judge", "--dataset", "tiny"]
+    run("p3o_v2", *QUICK, *models, cwd=tmp_path)
+    point = lines(tmp_path / "run/frontier.jsonl")[0]
+    assert point["kl"] == 0 and abs(point["reward"]) < 10
+    assert max(row["val/ratio_init_error"] for row in lines(tmp_path / "run/metrics.jsonl")) < 1e-3
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert saved.dtype == torch.float32  # not rounded again
