@@ -192,7 +192,7 @@ def labels_figure():
         style = {"ls": "--" if column[0].lines else "-", "marker": "o", "ms": 3}
         for (dataset,), found in groups(runs, "dataset").items():
             path = mean_path(found, "kl", "gold")
-            colour = "#999999" if flipped(dataset) else COLOURS[script]
+            colour = "#c1121f" if flipped(dataset) else "#1b6ca8"
             label = f"lr {lr:g}, {'τ' if script == 'ipo' else 'β'} {beta:g}, {flipped(dataset)} % flipped"
             for axis, key in zip(column, ("gold", "kl")):
                 axis.plot(path[key], color=colour, label=label, **style)
@@ -208,8 +208,8 @@ def labels_figure():
 def rewards_figure():
     """Gold over KL with each reward model; the lines are means over seeds, the bars 95 % intervals."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), sharex=True, sharey=True)
-    models = reward_models()
-    for (script, model), runs in groups(stored("rewards"), "script", "reward_model").items():
+    models, found = reward_models(), groups(stored("rewards"), "reward_model", "script")
+    for (model, script), runs in sorted(found.items(), key=lambda item: [*models].index(item[0][0])):
         path, known = mean_path(runs, "kl", "gold"), models[model]
         colour = "#c1121f" if known["flipped"] else plt.cm.Blues(0.35 + 0.2 * [*models].index(model))
         axis = axes[("p3o_v2", "ppo", "online_dpo").index(script)]
@@ -307,7 +307,7 @@ def clipping_table():
         row += [cell(p[key] for p in ends) for key in ("reward", "gold")]
         rows.append([*row, f"{100 * mean(clipped):.0f}"])
     head = ["algorithm", "lr", "ε", *(f"% of the limit's gain at KL ≤ {kl:g}" for kl in KLS)]
-    return table([*head, "KL at the end", "largest", "reward", "gold", "% clipped, last update"], rows)
+    return table([*head, "KL at the end", "largest of a seed", "reward", "gold", "% clipped, last update"], rows)
 
 
 def responses_table():
