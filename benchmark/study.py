@@ -6,7 +6,8 @@
 
 A run is a script with flags, on one core. What is kept of it (its frontier, a few metrics) goes to
 benchmark/results/PART.json as soon as it ends, and a run that is stored there is not made again: the study can stop
-at any moment. What it shows is drawn and written into docs/results.md by benchmark/study_figures.py.
+at any moment. The data and models that runs need are made before them (benchmark/study_data.py). What the study shows
+is drawn and written into docs/results.md by benchmark/study_figures.py.
 """
 
 import json
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import accelerate  # noqa: F401  imported once, before a run forks: seconds less for each
 import datasets  # noqa: F401
+import study_data
 import torch.utils.tensorboard
 import transformers.cache_utils  # noqa: F401
 import tyro
@@ -97,6 +99,33 @@ def responses():
     ]
 
 
+def labels():
+    """(g): six epochs of the same 1,600 pairs offline, labels of the gold reward, all right or 30 % of them flipped."""
+    flags = {"num_updates": 600, "data_epochs": 6, "eval_every": 100}  # 100 updates an epoch
+    flags |= {"model": "tiny", "reward_model": "tiny/reward_model", "gold_fn": "tiny/gold.py:gold_reward"}
+    return [
+        settings(script, *pair, seed, dataset=f"{study_data.FOLDER}/gold_flipped_{flipped}", **flags)
+        for seed, script in product(SEEDS[:2], ("dpo", "ipo", "mpo"))
+        for pair in (best(script)[0], (2e-4, 0.1))  # the second is a usual one
+        for flipped in (0, 30)  # last: runs side by side then have other data, and do not make the same store
+    ]
+
+
+def rewards():
+    """(i): reward models of 10, 30 and 100 % of the pairs, and of all with 30 % of the labels flipped."""
+    runs = product(SEEDS[:3], study_data.REWARD_MODELS, ("p3o_v2", "ppo", "online_dpo"))
+    model = f"{study_data.FOLDER}/{{}}/model"
+    return [settings(script, *best(script)[0], seed, reward_model=model.format(name)) for seed, name, script in runs]
+
+
+def scale():
+    """(j): policies of 0.1, 0.5 (the embedded one) and 2 M parameters."""
+    small, large = (f"{study_data.FOLDER}/{name}/model" for name in study_data.POLICIES)
+    flags = {"dataset": "tiny", "reward_model": "tiny/reward_model"}
+    runs = product(SEEDS[:3], (small, "tiny/sft", large))
+    return [settings("p3o_v2", *best("p3o_v2")[0], seed, model=model, **flags) for seed, model in runs]
+
+
 def limit(samples=2048):
     """The best reward at each KL, by evaluate.py, and best of n; not runs, but what runs are compared with."""
     folder = ROOT / "runs/limit/tiny/tiny"
@@ -107,11 +136,10 @@ def limit(samples=2048):
     for name in ("curve", "best_of_n"):
         rows = [{key: short(value) for key, value in row.items()} for row in found[name]]
         kept[name] = [row for row in rows if 0.001 < row["kl"] < 8]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "limit.json").write_text(json.dumps(kept) + "\n")
+    write("limit", json.dumps(kept))
 
 
-PARTS = {part.__name__: part for part in (grid, seeds, translation, clipping, responses)}
+PARTS = {part.__name__: part for part in (grid, seeds, translation, clipping, responses, labels, rewards, scale)}
 
 
 # ----------------------------------------------------------------------------------------------------------- the runner
@@ -143,6 +171,49 @@ def record(flags, folder, seconds):
     return {"settings": flags, "seconds": round(seconds, 1), "frontier": points, "metrics": values}
 
 
+def each_ended(jobs, workers):
+    """Runs the jobs, (flags, folder), so many at a time; yields flags, folder and seconds of each that ends well."""
+    context, running = multiprocessing.get_context("fork"), []
+    while jobs or running:
+        while jobs and len(running) < workers:
+            flags, folder = jobs.pop(0)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            process = context.Process(target=run, args=(flags, folder))
+            process.start()
+            running.append((process, flags, folder, time.perf_counter()))
+        time.sleep(0.1)
+        for job in [job for job in running if not job[0].is_alive()]:
+            running.remove(job)
+            process, flags, folder, start = job
+            if process.exitcode:
+                print(f"failed with {process.exitcode}: {flags}; see {folder}.log", flush=True)
+            else:
+                Path(f"{folder}.log").unlink()
+                yield flags, folder, time.perf_counter() - start
+
+
+def write(name, text):
+    """RESULTS/name.json, whole or not at all."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.part").write_text(text + "\n")
+    (RESULTS / f"{name}.part").rename(RESULTS / f"{name}.json")
+
+
+def make(runs, workers):
+    """The data and models that these runs need and that are not there yet; what is known of the models is stored."""
+    jobs = [(flags, folder) for folder, flags in study_data.prepare(runs).items()]
+    wanted, ended = len(jobs), 0
+    for flags, folder, seconds in each_ended(jobs, workers):
+        ended += 1
+        print(f"made {folder.name} with {flags['script']}.py in {seconds:.0f} s", flush=True)
+    if ended < wanted:
+        raise SystemExit(f"study.py: {wanted - ended} models were not made; the same command makes them again")
+    models = {str(flags.get(key)) for flags in runs for key in ("model", "reward_model")}
+    if models := sorted(model for model in models if "/" in model):
+        known = {x: {key: short(value) for key, value in study_data.facts(x).items()} for x in models}
+        write("made", json.dumps(dict(stored("made") or {}) | known, indent=1))
+
+
 @dataclass
 class Args:
     parts: tuple[str, ...] = ("limit", *PARTS)  # which parts, in this order
@@ -152,7 +223,7 @@ class Args:
 
 
 def main(args):
-    context = multiprocessing.get_context("fork")
+    torch.set_num_threads(1)  # a process with threads can't be forked safely
     for part in args.parts:
         if part == "limit":
             if not args.list and not stored(part):
@@ -165,34 +236,20 @@ def main(args):
             )
             continue
         known = [run["settings"] for run in done]
-        waiting, running, failed = [flags for flags in PARTS[part]() if flags not in known], [], 0
+        waiting = [flags for flags in PARTS[part]() if flags not in known]
         print(f"{part}: {len(waiting)} runs to make, {len(done)} stored", flush=True)
-        while waiting or running:
-            while waiting and len(running) < args.workers:
-                folder = (ROOT / args.folder / f"{part}_{len(done) + len(running)}_{len(waiting)}").absolute()
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                process = context.Process(target=run, args=(waiting[0], folder))
-                process.start()
-                running.append((process, waiting.pop(0), folder, time.perf_counter()))
-            time.sleep(0.1)
-            for job in [job for job in running if not job[0].is_alive()]:
-                running.remove(job)
-                process, flags, folder, start = job
-                if process.exitcode:
-                    print(f"failed with {process.exitcode}: {flags}; see {folder}.log", flush=True)
-                    failed += 1
-                    continue
-                done.append(record(flags, folder, time.perf_counter() - start))
-                RESULTS.mkdir(exist_ok=True)
-                rows = ",\n".join(json.dumps(run) for run in done)
-                (RESULTS / f"{part}.part").write_text(f"[\n{rows}\n]\n")
-                (RESULTS / f"{part}.part").rename(RESULTS / f"{part}.json")
-                end = done[-1]["frontier"][-1]
-                print(f"{len(done):4} {flags['script']:10} {done[-1]['seconds']:5.0f} s  KL {end['kl']:6.2f}", end="")
-                print(f"  reward {end['reward']:5.2f}  gold {end['gold']:5.2f}  {len(waiting)} wait", flush=True)
-                shutil.rmtree(folder)
-                Path(f"{folder}.log").unlink()
-        if failed:
+        make(waiting, args.workers)
+        jobs = [(flags, (ROOT / args.folder / f"{part}_{i}").absolute()) for i, flags in enumerate(waiting)]
+        wanted = len(done) + len(jobs)
+        for flags, folder, seconds in each_ended(jobs, args.workers):
+            done.append(record(flags, folder, seconds))
+            rows = ",\n".join(json.dumps(run) for run in done)
+            write(part, f"[\n{rows}\n]")
+            end = done[-1]["frontier"][-1]
+            print(f"{len(done):4} {flags['script']:10} {done[-1]['seconds']:5.0f} s  KL {end['kl']:6.2f}", end="")
+            print(f"  reward {end['reward']:5.2f}  gold {end['gold']:5.2f}  {len(jobs)} wait", flush=True)
+            shutil.rmtree(folder)
+        if failed := wanted - len(done):
             raise SystemExit(f"study.py: {failed} runs of {part} failed; the same command makes them again")
 
 

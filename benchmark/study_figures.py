@@ -65,6 +65,14 @@ def path_value(points, kl, key="reward"):
     return best
 
 
+def last_value(points, kl, key="gold"):
+    """The value where a path of frontier points has this KL or less for the last time, linear between two points."""
+    if points[-1]["kl"] <= kl:
+        return points[-1][key]
+    a, b = next((a, b) for a, b in reversed([*zip(points, points[1:])]) if a["kl"] <= kl)
+    return a[key] + (b[key] - a[key]) * (kl - a["kl"]) / (b["kl"] - a["kl"])
+
+
 def share(run, kl):
     """Part of the gain in reward that the limit has at this KL which a run reached with at most this KL; both from the
     reference's mean reward, which the limit's samples give more precisely than a run's first evaluation."""
@@ -168,6 +176,52 @@ def gold_figure():
     plt.close(figure)
 
 
+def finish(figure, file):
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(FIGURES / file, dpi=110)
+    plt.close(figure)
+
+
+def labels_figure():
+    """Gold and KL over epochs; the lines are means over seeds."""
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharex=True, sharey="row")
+    for (script, lr, beta), runs in groups(stored("labels"), "script", "learning_rate", "beta").items():
+        column = axes[:, ("dpo", "ipo", "mpo").index(script)]
+        style = {"ls": "--" if column[0].lines else "-", "marker": "o", "ms": 3}
+        for (dataset,), found in groups(runs, "dataset").items():
+            path = mean_path(found, "kl", "gold")
+            colour = "#c1121f" if flipped(dataset) else "#1b6ca8"
+            label = f"lr {lr:g}, {'τ' if script == 'ipo' else 'β'} {beta:g}, {flipped(dataset)} % flipped"
+            for axis, key in zip(column, ("gold", "kl")):
+                axis.plot(path[key], color=colour, label=label, **style)
+        column[0].set_title(NAMES[script], fontsize=10)
+        column[0].legend(frameon=False, fontsize=7)
+        column[1].set_yscale("symlog", linthresh=0.1)
+        column[1].set_xlabel("epochs")
+    axes[0, 0].set_ylabel("true (gold) reward")
+    axes[1, 0].set_ylabel("KL from the SFT policy, nats")
+    finish(figure, "labels.png")
+
+
+def rewards_figure():
+    """Gold over KL with each reward model; the lines are means over seeds, the bars 95 % intervals."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), sharex=True, sharey=True)
+    models, found = reward_models(), groups(stored("rewards"), "reward_model", "script")
+    for (model, script), runs in sorted(found.items(), key=lambda item: [*models].index(item[0][0])):
+        path, known = mean_path(runs, "kl", "gold"), models[model]
+        colour = "#c1121f" if known["flipped"] else plt.cm.Blues(0.35 + 0.2 * [*models].index(model))
+        axis = axes[("p3o_v2", "ppo", "online_dpo").index(script)]
+        label = f"{learned_from(known)}: {100 * known['rm/eval_accuracy']:.1f} % right"
+        axis.errorbar(path["kl"], path["gold"], path["gold_se"], label=label, color=colour, marker="o", ms=3, lw=1.5)
+        axis.set_title(NAMES[script], fontsize=10)
+        axis.set_xlabel("KL from the SFT policy, nats")
+    axes[0].set_ylabel("true (gold) reward")
+    axes[0].legend(loc="lower right", frameon=False, fontsize=8)
+    finish(figure, "rewards.png")
+
+
 # --------------------------------------------------------------------------------------------------------------- tables
 def shares_table():
     rows = []
@@ -248,11 +302,12 @@ def clipping_table():
     for (script, lr, clip), runs in groups(stored("clipping"), "script", "learning_rate", "clip_range").items():
         ends = [run["frontier"][-1] for run in runs]
         clipped = [run["metrics"][-1]["policy/clipfrac"] for run in runs]
-        row = [NAMES[script], f"{lr:g}", f"{clip:g}", *(cell((share(r, kl) for r in runs), 0, 100) for kl in (1, 2))]
-        row += [cell(p[key] for p in ends) for key in ("kl", "reward", "gold")]
+        row = [NAMES[script], f"{lr:g}", f"{clip:g}", *(cell((share(r, kl) for r in runs), 0, 100) for kl in KLS)]
+        row += [cell(p["kl"] for p in ends), f"{max(p['kl'] for p in ends):.2f}"]
+        row += [cell(p[key] for p in ends) for key in ("reward", "gold")]
         rows.append([*row, f"{100 * mean(clipped):.0f}"])
-    head = ["algorithm", "lr", "ε", "% of the limit's gain at KL ≤ 1", "at KL ≤ 2", "KL at the end", "reward", "gold"]
-    return table([*head, "% clipped, last update"], rows)
+    head = ["algorithm", "lr", "ε", *(f"% of the limit's gain at KL ≤ {kl:g}" for kl in KLS)]
+    return table([*head, "KL at the end", "largest of a seed", "reward", "gold", "% clipped, last update"], rows)
 
 
 def responses_table():
@@ -263,6 +318,67 @@ def responses_table():
         rows.append([*row, *(cell(p[key] for p in ends) for key in ("kl", "reward", "gold"))])
     head = ["K", *(f"% of the limit's gain at KL ≤ {kl:g}" for kl in KLS)]
     return table([*head, "KL at the end", "reward", "gold"], rows)
+
+
+def flipped(dataset):
+    """Per cent of labels flipped, the end of the folder's name."""
+    return int(dataset.rpartition("_")[2])
+
+
+def labels_table():
+    rows = []
+    for (script, lr, beta, dataset), runs in groups(
+        stored("labels"), "script", "learning_rate", "beta", "dataset"
+    ).items():
+        row = [NAMES[script], f"{lr:g}", f"{beta:g}", f"{flipped(dataset)} % flipped" if flipped(dataset) else "right"]
+        for step in (100, 300, 600):
+            points = [p for run in runs for p in run["frontier"] if p["step"] == step]
+            row.append(" / ".join(f"{mean(p[key] for p in points):.2f}" for key in ("reward", "gold", "kl")))
+        rows.append(row)
+    head = ["algorithm", "lr", "β (IPO: τ)", "labels", "reward / gold / KL after 1 epoch", "3 epochs", "6 epochs"]
+    return "![Gold and KL over epochs](figures/labels.png)\n\n" + table(head, rows)
+
+
+def reward_models():
+    """What is known of the reward models of the part `rewards`, by the number of pairs, flipped labels last."""
+    used = {run["settings"]["reward_model"] for run in stored("rewards")}
+    found = {model: known for model, known in dict(stored("made")).items() if model in used}
+    return dict(sorted(found.items(), key=lambda item: (item[1]["flipped"], item[1]["pairs"])))
+
+
+def learned_from(known):
+    return f"{known['pairs']:,} pairs" + (f", {known['flipped']} % flipped" if known["flipped"] else "")
+
+
+def rewards_table():
+    found, rows = groups(stored("rewards"), "reward_model", "script"), []
+    for model, known in reward_models().items():
+        for script in NAMES:
+            if runs := found.get((model, script)):
+                values = (cell(last_value(run["frontier"], kl) for run in runs) for kl in KLS)
+                row = [learned_from(known), f"{100 * known['rm/eval_accuracy']:.1f} %", NAMES[script], *values]
+                rows.append([*row, cell(run["frontier"][-1]["kl"] for run in runs)])
+    head = ["reward model of", "held-out accuracy", "algorithm", *(f"gold at KL ≤ {kl:g}" for kl in KLS)]
+    return "![Gold over KL](figures/rewards.png)\n\n" + table([*head, "KL at the end"], rows)
+
+
+def scale_table():
+    """The reference is the mean of the evaluations before training, one a seed."""
+    made, rows = dict(stored("made")), []
+    found = {model: runs for (model,), runs in groups(stored("scale"), "model").items()}
+    for model, runs in sorted(found.items(), key=lambda item: made[item[0]]["parameters"]):
+        known = made[model]
+        loss = f"{known['sft/eval_loss']:.3f}" if "sft/eval_loss" in known else ""
+        seconds = mean(row["time/update"] for run in runs for row in run["metrics"])
+        for key, value in (("reward", path_value), ("gold", last_value)):
+            start = mean(run["frontier"][0][key] for run in runs)
+            row = [f"{known['parameters'] / 1e6:.2f} M", loss, f"{seconds:.1f}", key, f"{start:.2f}"]
+            for kl in KLS:
+                reached = [value(run["frontier"], kl, key) for run in runs]
+                row.append(f"{cell(reached)} ({mean(reached) - start:+.2f})")
+            rows.append(row)
+    head = ["parameters", "held-out loss", "seconds an update", "what", "before training"]
+    return table([*head, *(f"at KL ≤ {kl:g} (gain)" for kl in KLS)], rows)
 
 
 def weights_table():
@@ -294,15 +410,20 @@ TABLES = {
     "translation": translation_table,
     "clipping": clipping_table,
     "responses": responses_table,
+    "labels": labels_table,
+    "rewards": rewards_table,
+    "scale": scale_table,
     "weights": weights_table,
     "variance": variance_table,
 }
 
 
 def with_tables(page):
-    """The page with every table made anew; a name without a table is an error."""
+    """The page with every table made anew, none where there are no results yet; a name without a table is an error."""
 
     def made(match):
+        if not stored({"gold": "seeds", "weights": "seeds"}.get(match[2], match[2])):
+            return f"{match[1]}\n{match[3]}"
         return f"{match[1]}\n\n{TABLES[match[2]]()}\n\n{match[3]}"
 
     return re.sub(r"(<!-- study (\w+) -->)\n.*?(<!-- end -->)", made, page, flags=re.S)
@@ -318,3 +439,6 @@ if __name__ == "__main__":
     frontier_figure()
     frontier_figure("gold", "frontier_gold.png", "The true reward of the same runs, which none of them saw")
     gold_figure()
+    for part, draw in (("labels", labels_figure), ("rewards", rewards_figure)):
+        if stored(part):
+            draw()

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import study  # noqa: E402
+import study_data  # noqa: E402
 import study_figures  # noqa: E402
 import study_variance  # noqa: E402
 
@@ -33,6 +34,63 @@ def test_value_on_a_path_is_the_best_within_a_kl():
     points = [{"kl": kl, "reward": reward} for kl, reward in ((0, 1), (2, 3), (1, 4), (5, 8))]
     for kl, best in ((0, 1), (0.5, 1.5), (1, 4), (2, 5), (3, 6), (5, 8), (9, 8)):
         assert study_figures.path_value(points, kl) == pytest.approx(best), kl
+
+
+def test_last_value_on_a_path_is_that_of_its_last_point_within_a_kl():
+    points = [{"kl": kl, "gold": gold} for kl, gold in ((0, 1), (2, 3), (1, 4), (5, 8))]
+    for kl, last in ((0, 1), (0.5, 1.5), (1, 4), (3, 6), (5, 8), (9, 8)):
+        assert study_figures.last_value(points, kl) == pytest.approx(last), kl
+
+
+def test_a_part_without_results_has_no_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(study_figures, "RESULTS", tmp_path)
+    text = "{}<!-- study labels -->\n{}<!-- end -->\n"
+    assert study_figures.with_tables(text.format("a", "\n| b |\n\n")) == text.format("a", "")
+
+
+def test_tables_and_figures_of_what_needs_data_are_made_of_their_runs(monkeypatch, tmp_path):
+    """The runs are made up: the settings of each part with the frontier of a stored run."""
+    parts = {part: study.PARTS[part]() for part in ("labels", "rewards", "scale", "clipping")}
+    run = study_figures.stored("seeds")[0]
+    frontier = [run["frontier"][i] | {"step": 100 * i} for i in range(7)]
+    runs = {part: [{**run, "settings": x, "frontier": frontier} for x in flags] for part, flags in parts.items()}
+    models = [x[key] for flags in parts.values() for x in flags for key in ("model", "reward_model") if key in x]
+    known = {"parameters": 9, "pairs": 1200, "flipped": 30, "rm/eval_accuracy": 0.5}
+    files = {**runs, "made": dict.fromkeys(models, known), "limit": study_figures.stored("limit")}
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    monkeypatch.setattr(study_figures, "RESULTS", tmp_path)
+    monkeypatch.setattr(study_figures, "FIGURES", tmp_path)
+    for part, rows in {"labels": 12, "rewards": 12, "scale": 6, "clipping": 16}.items():
+        lines = study_figures.TABLES[part]().splitlines()
+        assert sum(line.startswith("| ") for line in lines) == rows + 2, part
+    study_figures.labels_figure(), study_figures.rewards_figure()
+    assert {path.name for path in tmp_path.glob("*.png")} == {"labels.png", "rewards.png"}
+
+
+@pytest.mark.parametrize("part", study.PARTS)
+def test_settings_name_no_place_of_this_machine_and_only_data_that_can_be_made(part):
+    runs = study.PARTS[part]()
+    assert not [x for run in runs for x in run.values() if str(x).startswith("/")]
+    assert study_data.needed(runs) <= {*study_data.PAIRS, *study_data.trainings()}
+
+
+def test_pairs_are_tinys_with_the_labels_that_are_asked_for(tmp_path):
+    data, found = ROOT / "tiny/data", {}
+    rows = [json.loads(line) for line in open(data / "train.jsonl")][:200]
+    for asked in ((200, False, 0), (200, False, 30), (200, True, 0), (200, True, 30)):
+        study_data.write_pairs(tmp_path, *asked)
+        found[asked[1:]] = [json.loads(line) for line in open(tmp_path / "train.jsonl")]
+        assert (tmp_path / "test.jsonl").read_bytes() == (data / "test.jsonl").read_bytes()
+        assert [row["prompt"] for row in found[asked[1:]]] == [row["prompt"] for row in rows]
+    assert found[False, 0] == rows
+    gold = study_data.gold.gold_reward
+    right = [gold([r["prompt"]], [r["chosen"]]) > gold([r["prompt"]], [r["rejected"]]) for r in found[True, 0]]
+    assert all(right)
+    for by_gold in (False, True):
+        pairs = zip(found[by_gold, 0], found[by_gold, 30])
+        changed = [(a, b) for a, b in pairs if a != b]
+        assert len(changed) == 60 and all(a["chosen"] == b["rejected"] for a, b in changed)
 
 
 def test_variances_are_those_that_are_stored():
