@@ -38,6 +38,9 @@ SCRIPTS = {"p3o_v1": ONLINE, "p3o_v2": ONLINE, "ppo": ONLINE, "online_dpo": ONLI
 SCRIPTS |= {"dpo": OFFLINE, "ipo": OFFLINE, "mpo": OFFLINE}
 LEARNING_RATES, BETAS = (1e-4, 2e-4, 4e-4), (0.05, 0.2, 0.8)  # the grid; ipo.py's τ takes the place of β
 SEEDS = (2, 3, 4, 5, 6)
+LONG = {"num_updates": 60, "eval_every": 4}
+SIZES = {2: {}}  # of K responses, with as many samples an update and an optimizer step
+SIZES |= {k: {"num_responses": k, "prompts_per_update": 128 // k, "minibatch_size": 32 // k} for k in (4, 8)}
 KEPT = ("kl", "kl_se", "kl_k1", "reward", "reward_se", "gold", "gold_se", "length", "eos_rate", "win_rate_vs_sft")
 METRICS = ("policy/pair_weight_mean", "policy/pair_weight_std", "policy/clipfrac", "policy/ratio_max", "grad_norm")
 METRICS += ("objective/beta_raw", "rewards/accuracies", "time/update")
@@ -99,9 +102,36 @@ def responses():
     ]
 
 
+def search():
+    """At the default budget, 60 updates and 7,680 samples: settings tried on one seed, (learning rate, β, K)."""
+    tried = {
+        "p3o_v2": [
+            (2e-4, 0.2, 4),
+            (1e-4, 0.2, 4),
+            (2e-4, 0.4, 4),
+            (1e-4, 0.1, 4),
+            (1e-4, 0.3, 4),
+            (1e-4, 0.2, 2),
+            (2e-4, 0.2, 8),
+        ],
+        "p3o_v1": [(1e-4, 0.2, 4)],
+        "ppo": [(2e-4, 0.2, 2), (1e-4, 0.05, 2), (2e-4, 0.2, 4), (4e-4, 0.2, 2), (2e-4, 0.4, 2)],
+        "online_dpo": [(1e-4, 0.8, 2), (1e-4, 0.2, 2), (1e-4, 0.4, 2), (1e-4, 0.4, 4), (2e-4, 0.4, 2)],
+    }
+    runs = [settings(script, lr, beta, 1, **LONG, **SIZES[k]) for script in tried for lr, beta, k in tried[script]]
+    more = {"num_epochs": 2}, {"minibatch_size": 16}
+    return runs + [settings("p3o_v2", 2e-4, 0.2, 1, **{**LONG, **SIZES[4], **flags}) for flags in more]
+
+
+def budget():
+    """At the default budget with four responses a prompt: what was best at KL 2 and 4 there, five seeds."""
+    chosen = {"p3o_v2": (1e-4, 0.2), "ppo": (2e-4, 0.2), "online_dpo": (1e-4, 0.4), "p3o_v1": (1e-4, 0.2)}
+    return [settings(script, *chosen[script], seed, **LONG, **SIZES[4]) for seed in SEEDS for script in chosen]
+
+
 def labels():
-    """(g): six epochs of the same 1,600 pairs offline, labels of the gold reward, all right or 30 % of them flipped."""
-    flags = {"num_updates": 600, "data_epochs": 6, "eval_every": 100}  # 100 updates an epoch
+    """(g): four epochs of the same 1,600 pairs offline, labels of the gold reward, all right or 30 % flipped."""
+    flags = {"num_updates": 400, "data_epochs": 4, "eval_every": 100}  # 100 updates an epoch
     flags |= {"model": "tiny", "reward_model": "tiny/reward_model", "gold_fn": "tiny/gold.py:gold_reward"}
     return [
         settings(script, *pair, seed, dataset=f"{study_data.FOLDER}/gold_flipped_{flipped}", **flags)
@@ -113,13 +143,13 @@ def labels():
 
 def rewards():
     """(i): reward models of 10, 30 and 100 % of the pairs, and of all with 30 % of the labels flipped."""
-    runs = product(SEEDS[:3], study_data.REWARD_MODELS, ("p3o_v2", "ppo", "online_dpo"))
+    runs = product(SEEDS[:2], study_data.REWARD_MODELS, ("p3o_v2", "ppo", "online_dpo"))
     model = f"{study_data.FOLDER}/{{}}/model"
     return [settings(script, *best(script)[0], seed, reward_model=model.format(name)) for seed, name, script in runs]
 
 
 def scale():
-    """(j): policies of 0.1, 0.5 (the embedded one) and 2 M parameters."""
+    """(j): policies of 0.1, 0.5 (the embedded one) and 1.2 M parameters."""
     small, large = (f"{study_data.FOLDER}/{name}/model" for name in study_data.POLICIES)
     flags = {"dataset": "tiny", "reward_model": "tiny/reward_model"}
     runs = product(SEEDS[:3], (small, "tiny/sft", large))
@@ -139,7 +169,8 @@ def limit(samples=2048):
     write("limit", json.dumps(kept))
 
 
-PARTS = {part.__name__: part for part in (grid, seeds, translation, clipping, responses, labels, rewards, scale)}
+PARTS = (grid, seeds, translation, clipping, responses, search, budget, labels, rewards, scale)
+PARTS = {part.__name__: part for part in PARTS}
 
 
 # ----------------------------------------------------------------------------------------------------------- the runner

@@ -25,7 +25,7 @@ PAIRS = {  # how many of tiny's training pairs, the first; whether the gold rewa
     "pairs_12000": (12000, False, 0),
     "pairs_12000_flipped_30": (12000, False, 30),
 }
-SIZES = {"init_100k": (48, 2, 2), "init_2m": (192, 4, 8)}  # hidden size, layers, heads; tiny: 96, 4, 4
+SIZES = {"init_100k": (48, 2, 2), "init_1200k": (144, 4, 6)}  # hidden size, layers, heads; tiny: 96, 4, 4
 REWARD_MODELS = {f"reward_{name}": name for name in PAIRS if name.startswith("pairs")}
 POLICIES = {name.replace("init", "policy"): name for name in SIZES}
 

@@ -108,7 +108,7 @@ def test_the_memory_of_a_dry_run(capsys):
 
 # ------------------------------------------------------------------------------------------------------------- trackers
 def test_a_tracked_run(tmp_path):
-    """Offline: what is to be sent lies in the run's folder. A process of its own, since the tracker writes at its end."""
+    """Offline: what is to be sent lies in the run's folder. A process of its own: the tracker writes at its end."""
     offline = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     command = [sys.executable, ROOT / "p3o_v2.py", *QUICK, "--track"]
     subprocess.run(command, cwd=tmp_path, env=offline, check=True, capture_output=True)
