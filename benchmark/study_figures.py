@@ -320,6 +320,37 @@ def responses_table():
     return table([*head, "KL at the end", "reward", "gold"], rows)
 
 
+def end_share(run):
+    """Part of the limit's gain at the KL where a run ends."""
+    end = run["frontier"][-1]
+    return (end["reward"] - stored("limit")["ref_reward"]) / limit_gain(end["kl"])
+
+
+def budget_table():
+    rows = []
+    for (script, lr, beta), runs in groups(stored("budget"), "script", "learning_rate", "beta").items():
+        ends = [run["frontier"][-1] for run in runs]
+        row = [NAMES[script], f"{lr:g}", f"{beta:g}", *(cell((share(run, kl) for run in runs), 0, 100) for kl in KLS)]
+        row += [cell((end_share(run) for run in runs), 0, 100), *(cell(p[key] for p in ends) for key in ("kl", "gold"))]
+        rows.append(row)
+    head = ["algorithm", "lr", "β", *(f"% of the limit's gain at KL ≤ {kl:g}" for kl in KLS)]
+    return table([*head, "at the KL where it ends", "this KL", "gold there"], rows)
+
+
+def search_table():
+    rows = []
+    for run in sorted(stored("search"), key=lambda run: order([run["settings"]["script"]])):
+        flags, end = run["settings"], run["frontier"][-1]
+        k = flags.get("num_responses", 2)
+        more = "twice the minibatch" if flags.get("minibatch_size", 32 // k) != 32 // k else ""
+        more = "2 epochs" if "num_epochs" in flags else more
+        row = [NAMES[flags["script"]], k, f"{flags['learning_rate']:g}", f"{flags['beta']:g}", more]
+        rows.append([*row, *(f"{100 * x:.0f}" for x in (*(share(run, kl) for kl in KLS), end_share(run)))])
+        rows[-1].append(f"{end['kl']:.2f}")
+    head = ["algorithm", "K", "lr", "β", "other", *(f"% at KL ≤ {kl:g}" for kl in KLS)]
+    return table([*head, "at the KL where it ends", "this KL"], rows)
+
+
 def flipped(dataset):
     """Per cent of labels flipped, the end of the folder's name."""
     return int(dataset.rpartition("_")[2])
@@ -331,11 +362,11 @@ def labels_table():
         stored("labels"), "script", "learning_rate", "beta", "dataset"
     ).items():
         row = [NAMES[script], f"{lr:g}", f"{beta:g}", f"{flipped(dataset)} % flipped" if flipped(dataset) else "right"]
-        for step in (100, 300, 600):
+        for step in (100, 200, 400):
             points = [p for run in runs for p in run["frontier"] if p["step"] == step]
             row.append(" / ".join(f"{mean(p[key] for p in points):.2f}" for key in ("reward", "gold", "kl")))
         rows.append(row)
-    head = ["algorithm", "lr", "β (IPO: τ)", "labels", "reward / gold / KL after 1 epoch", "3 epochs", "6 epochs"]
+    head = ["algorithm", "lr", "β (IPO: τ)", "labels", "reward / gold / KL after 1 epoch", "2 epochs", "4 epochs"]
     return "![Gold and KL over epochs](figures/labels.png)\n\n" + table(head, rows)
 
 
@@ -410,6 +441,8 @@ TABLES = {
     "translation": translation_table,
     "clipping": clipping_table,
     "responses": responses_table,
+    "search": search_table,
+    "budget": budget_table,
     "labels": labels_table,
     "rewards": rewards_table,
     "scale": scale_table,
