@@ -167,6 +167,7 @@ class Args:
     gamma: float = 1.0  # γ, discount of later rewards
     lam: float = 0.95  # λ, of the advantage estimates: 0 trusts the values, 1 the rewards alone
     share_trunk: bool = False  # the value is a head on the policy's trunk, not a network of its own
+    delta_reward: bool = False  # the score of the dataset's chosen response to the prompt is subtracted from each
 
 
 class UserError(Exception):
@@ -842,6 +843,15 @@ def main(args):
     print(f"dataset       {args.dataset} (--dataset changes it)")
     with accelerator.local_main_process_first():  # one process of a machine fills the cache of datasets
         prompts, eval_prompts = load_prompts(tokenizer, args)
+        rows, columns, last = [], ["completion", "chosen"] * args.delta_reward, tokenizer.eos_token_id
+        while columns and not rows:
+            with suppress(UserError):  # it lacks the column
+                rows, _ = read_dataset(tokenizer, args, (columns.pop(),))
+    told = [tokenizer([*x], add_special_tokens=k == 0).input_ids for k, x in enumerate(zip(*rows))]
+    told = [(x[-args.max_prompt_tokens :], y + [last] * (y[-1:] != [last])) for x, y in zip(*told)]
+    chosen = {tuple(x): torch.tensor(y[: args.max_response_tokens]) for x, y in reversed(told)}  # the first to a prompt
+    if args.delta_reward and not all(tuple(x.tolist()) in chosen for x in prompts):
+        raise UserError(f"--delta-reward: expected a column chosen or completion for all prompts of {args.dataset}.")
     eval_prompts = eval_prompts[: args.eval_prompts]
     if args.dry_run:
         models = [policy, reference, value_model, *([] if args.reward_fn else [reward_model])]
@@ -914,7 +924,8 @@ def main(args):
         # 2. Score them.
         scores = score(batch, y).view(B, K)
         ended = torch.tensor([row[-1] in end_ids for row in y]).view(B, K)
-        final_rewards, scale = scale_by_std(scores - args.missing_eos_penalty * ~ended, running)  # [B, K]
+        base = score(batch, [chosen[tuple(x.tolist())] for x in batch])[:, None] if args.delta_reward else 0
+        final_rewards, scale = scale_by_std(scores - base - args.missing_eos_penalty * ~ended, running)  # [B, K]
         clock.append(time.perf_counter())
 
         # 3. Values V and log π_ref of the responses. log π_old was recorded while sampling, but bfloat16 rounds

@@ -155,6 +155,50 @@ def test_variants_of_ppo_run(options, data, tmp_path):
         assert ratio[1] != ratio[0]
 
 
+DELTA = """import zlib
+def f(prompts, responses):
+    return [len(y) / 8 + SIZE * (zlib.crc32(x.encode()) % 64) for x, y in zip(prompts, responses)]
+"""
+
+
+def test_delta_reward_takes_away_what_is_added_to_all_rewards_of_a_prompt(tmp_path):
+    """Also where a chosen response stands in another column, and the first of several to a prompt counts."""
+    rows = [json.loads(line) for line in (ROOT / "tiny/data/train.jsonl").read_text().splitlines()[:60]]
+    pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    inside = [{key: row["prompt"] + row[key] for key in ("chosen", "rejected")} for row in pairs]
+    answers = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    others = [{"prompt": row["prompt"], "completion": row["chosen"] + " Or not."} for row in pairs]
+    plain = {}
+    for size, flags, data in [
+        (0, ["--delta-reward"], pairs),
+        (8, ["--delta-reward"], pairs),
+        (8, ["--delta-reward"], inside),
+        (8, ["--delta-reward"], answers + others),
+        (0, [], pairs),
+    ]:
+        (tmp_path / "my_reward.py").write_text(DELTA.replace("SIZE", str(size)))
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+        options = ["--model", ROOT / "tiny/sft", "--dataset", "rows.jsonl", "--reward-fn", "my_reward.py:f", *flags]
+        run("ppo", *options, *SIZES["ppo"], "--num-updates", 1, "--eval-every", 0, "--overwrite", cwd=tmp_path)
+        (found,) = without_times(lines(tmp_path / "run/metrics.jsonl"))
+        raw = found.pop("objective/reward"), found.pop("objective/reward_std")
+        plain = plain or {"raw": raw, **found}
+        assert (raw == plain["raw"]) == (size == 0)  # what is logged is the raw score
+        same = found == pytest.approx({key: plain[key] for key in found}, rel=1e-4, abs=1e-5)
+        assert same == (flags != []), (size, flags, data[0])
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Question {}?"}, {"prompt": "Question {}?", "answer": "Yes."}])
+def test_delta_reward_asks_for_a_chosen_response(row, tmp_path):
+    rows = [json.dumps({key: text.format(i) for key, text in row.items()}) + "\n" for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    (tmp_path / "my_reward.py").write_text(DELTA.replace("SIZE", "0"))
+    options = ["--model", ROOT / "tiny/sft", "--dataset", "rows.jsonl", "--reward-fn", "my_reward.py:f"]
+    said = run("ppo", *options, "--delta-reward", cwd=tmp_path, code=2)
+    assert "--delta-reward: expected a column chosen or completion for all prompts of rows.jsonl" in said
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("script", ["ipo", "mpo"])
 def test_averages_of_log_probabilities(script, data, tmp_path):
     run(script, *data, *SIZES[script], "--num-updates", 2, "--average-logprobs", cwd=tmp_path)
