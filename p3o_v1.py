@@ -1,7 +1,7 @@
 """P3O-V1: Pairwise Proximal Policy Optimization with separate clipping (Wu et al. 2023, arXiv 2310.00212).
 
-Sample two responses to a prompt, score both, and raise the log-probability of one against the other in proportion to
-the difference of their rewards. What is added to all rewards of a prompt cancels, so no value function is needed.
+Sample responses to a prompt, score them, and raise the log-probability of one against another in proportion to the
+difference of their rewards. What is added to all rewards of a prompt cancels, so no value function is needed.
 
 Objective    max_θ  E[ r(x, y) ] − β KL( π_θ ‖ π_ref )            x ~ prompts, y ~ π_θ(·|x)
 
@@ -13,9 +13,11 @@ Pairwise policy gradient, two samples y_1, y_2 ~ π_old(·|x); sg[…] passes no
     L   = ½ · mean over prompts of   max( −q w_2 ρ_1,  −q w_2 clip(ρ_1, 1 − ε, 1 + ε) )
                                    + max( +q w_1 ρ_2,  +q w_1 clip(ρ_2, 1 − ε, 1 + ε) )    (V1: each one separately)
 
-With K > 2 responses a prompt (--num-responses) the mean is over all K(K−1)/2 pairs. Shapes: B prompts, K responses to
-each, N = B·K rows, T response tokens, V vocabulary, D hidden size. Prompts and responses are lists of 1-D id tensors,
-nothing padded; `logprobs` are per token, `logps` their sums over a response.
+With K responses to a prompt the mean is over all K(K−1)/2 pairs; by default K = 4 and β = 0.2, which was found better
+(docs/results.md). The paper's settings: --num-responses 2 --prompts-per-update 64 --minibatch-size 16 --beta 0.05.
+
+Shapes: B prompts, K responses to each, N = B·K rows, T response tokens, V vocabulary, D hidden size. Prompts and
+responses are lists of 1-D id tensors, nothing padded; `logprobs` are per token, `logps` their sums over a response.
 
     python p3o_v1.py                                                     the embedded world, 2 minutes on a laptop
     python p3o_v1.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; starts from what the two stages saved
@@ -119,10 +121,10 @@ class Args:
     max_response_tokens: int = 128  # length limit of a response
     # Sizes
     num_updates: int = 60  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
-    prompts_per_update: int = 64  # prompts sampled in an update
-    num_responses: int = 2  # responses sampled to each prompt, K
+    prompts_per_update: int = 32  # prompts sampled in an update
+    num_responses: int = 4  # responses sampled to each prompt, K
     num_epochs: int = 4  # passes over the samples of an update
-    minibatch_size: int = 16  # prompts with all responses (online), pairs or rows (offline) per optimizer step
+    minibatch_size: int = 8  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products alone (float16 overflows: not offered)
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
@@ -139,7 +141,7 @@ class Args:
     # Algorithm
     temperature: float = 1.0  # of the distribution sampled from, in every log-probability and KL too
     missing_eos_penalty: float = 0.0  # subtracted from the score of a response cut at the length limit
-    beta: float = 0.05  # coefficient of the KL penalty
+    beta: float = 0.2  # coefficient of the KL penalty
     target_kl: float = 0.0  # the run ends when the mean KL of an update passes this, nats (0: never)
     clip_range: float = 0.2  # ε (0: no clipping)
     ratio_bound: float = 10.0  # R, importance weights are kept in [1/R, R]
@@ -797,7 +799,7 @@ def main(args):
         return show_rows(tokenizer, [[x] for x in prompts], models)
 
     # ------------------------------------------------------------------------- optimiser, run folder, randomness
-    lr = args.learning_rate or (1.5e-4 if args.model == "tiny" else 1e-6)  # 1e-6: the authors' for Pythia-1B
+    lr = args.learning_rate or (2e-4 if args.model == "tiny" else 1e-6)  # 1e-6: the authors' for Pythia-1B
     optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay, fused=True)
     trained, optimizer = accelerator.prepare(Trained(policy, response_logprobs), optimizer)
     base = "tiny" if args.model == "tiny" else short_name(policy_path)

@@ -138,10 +138,10 @@ class Args:
     max_response_tokens: int = 128  # length limit of a response
     # Sizes
     num_updates: int = 60  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
-    prompts_per_update: int = 64  # prompts sampled in an update
-    num_responses: int = 2  # responses sampled to each prompt, K
+    prompts_per_update: int = 32  # prompts sampled in an update
+    num_responses: int = 4  # responses sampled to each prompt, K
     num_epochs: int = 4  # passes over the samples of an update
-    minibatch_size: int = 16  # prompts with all responses (online), pairs or rows (offline) per optimizer step
+    minibatch_size: int = 8  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products alone (float16 overflows: not offered)
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
@@ -158,7 +158,7 @@ class Args:
     # Algorithm
     temperature: float = 1.0  # of the distribution sampled from, in every log-probability and KL too
     missing_eos_penalty: float = 0.0  # subtracted from the score of a response cut at the length limit
-    beta: float = 0.05  # coefficient of the KL penalty
+    beta: float = 0.2  # coefficient of the KL penalty
     target_kl: float = 0.0  # the run ends when the mean KL of an update passes this, nats (0: never)
     target_kl_adaptive: float = 0.0  # KL that beta is steered towards, nats a response, the authors' is 6 (0: not)
     clip_range: float = 0.2  # ε (0: no clipping)
@@ -858,7 +858,7 @@ def main(args):
         return show_rows(tokenizer, [[x] for x in prompts], models)
 
     # ------------------------------------------------------------------------- optimiser, run folder, randomness
-    lr = args.learning_rate or (1.5e-4 if args.model == "tiny" else 1e-6)  # 1e-6: the authors' for Pythia-1B
+    lr = args.learning_rate or (2e-4 if args.model == "tiny" else 1e-6)  # 1e-6: the authors' for Pythia-1B
     trained = Trained(policy, logprobs_and_values, value_model)
     options = {"weight_decay": args.weight_decay, "fused": True}
     trained, optimizer = accelerator.prepare(

@@ -35,8 +35,8 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"  # this and what follows as the scripts have them
     gradient_checkpointing: bool = False
     unfrozen_layers: int = 0
-    prompts_per_update: int = 64
-    num_responses: int = 2
+    prompts_per_update: int = 32
+    num_responses: int = 4
     num_epochs: int = 4
     minibatch_size: int = 0  # 0: the script's own default
     micro_batch_size: int = 32
@@ -113,7 +113,7 @@ def memory(args, config):
     # Training: rows are x y_1 … y_K, and x is read once.
     group = args.num_responses if online else 2 if args.script in PAIRS else 1
     groups = max(1, args.micro_batch_size // group)
-    groups = min(groups, math.ceil((args.minibatch_size or (16 if online else 32)) / shards))
+    groups = min(groups, math.ceil((args.minibatch_size or (8 if online else 32)) / shards))
     tokens = groups * (args.max_prompt_tokens + group * args.max_response_tokens)
     training = common(gradients=True) | (judges if online else {})
     depth = min(args.unfrozen_layers or layers, layers)  # what is frozen below keeps nothing

@@ -33,6 +33,7 @@ from study_figures import KLS, RESULTS, ROOT, path_value, stored
 # One budget for all: 320 optimizer steps of 16 pairs. Online 20 updates of 64 prompts x 2 samples, 4 epochs (2,560
 # samples); offline 5,120 labelled pairs, once. Evaluated five times and before, on the first 256 held-out prompts.
 ONLINE = {"num_updates": 20, "eval_every": 4, "save_every": 0}
+ONLINE |= {"num_responses": 2, "prompts_per_update": 64, "minibatch_size": 16}
 OFFLINE = {"num_updates": 320, "minibatch_size": 16, "eval_every": 64, "save_every": 0, "lr_schedule": "constant"}
 SCRIPTS = {"p3o_v1": ONLINE, "p3o_v2": ONLINE, "ppo": ONLINE, "online_dpo": ONLINE}
 SCRIPTS |= {"dpo": OFFLINE, "ipo": OFFLINE, "mpo": OFFLINE}
@@ -88,7 +89,7 @@ def translation():
 
 def clipping():
     """(e): ε of the two ways to clip, at two learning rates."""
-    runs = product(SEEDS[:3], (0.0, 0.1, 0.2, 0.5), (2e-4, 4e-4), ("p3o_v1", "p3o_v2"))
+    runs = product(SEEDS[:2], (0.0, 0.1, 0.2, 0.5), (2e-4, 4e-4), ("p3o_v1", "p3o_v2"))
     return [settings(script, lr, best("p3o_v2")[0][1], seed, clip_range=clip) for seed, clip, lr, script in runs]
 
 
@@ -123,10 +124,17 @@ def search():
     return runs + [settings("p3o_v2", 2e-4, 0.2, 1, **{**LONG, **SIZES[4], **flags}) for flags in more]
 
 
+def tails():
+    """Where P3O-V2's path loses at KL 2: a larger step, a wider clip range or none, two seeds, until 36 updates."""
+    flags = LONG | {"num_updates": 36, "clip_range": 0.2} | SIZES[4]
+    changes = {}, {"learning_rate": 2e-4}, {"clip_range": 0.5}, {"clip_range": 0.0}
+    return [settings("p3o_v2", 1e-4, 0.2, seed, **flags) | change for seed in SEEDS[:2] for change in changes]
+
+
 def budget():
-    """At the default budget with four responses a prompt: what was best at KL 2 and 4 there, five seeds."""
-    chosen = {"p3o_v2": (1e-4, 0.2), "ppo": (2e-4, 0.2), "online_dpo": (1e-4, 0.4), "p3o_v1": (1e-4, 0.2)}
-    return [settings(script, *chosen[script], seed, **LONG, **SIZES[4]) for seed in SEEDS for script in chosen]
+    """At the default budget with four responses a prompt, the setting of each that was best there, five fresh seeds."""
+    chosen = {"p3o_v2": (2e-4, 0.2), "ppo": (2e-4, 0.2), "online_dpo": (1e-4, 0.4)}
+    return [settings(script, *chosen[script], seed, **LONG, **SIZES[4]) for seed in range(4, 9) for script in chosen]
 
 
 def labels():
@@ -169,7 +177,7 @@ def limit(samples=2048):
     write("limit", json.dumps(kept))
 
 
-PARTS = (grid, seeds, translation, clipping, responses, search, budget, labels, rewards, scale)
+PARTS = (grid, seeds, translation, clipping, responses, search, tails, budget, labels, rewards, scale)
 PARTS = {part.__name__: part for part in PARTS}
 
 

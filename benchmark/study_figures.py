@@ -326,6 +326,16 @@ def end_share(run):
     return (end["reward"] - stored("limit")["ref_reward"]) / limit_gain(end["kl"])
 
 
+def tails_table():
+    rows = []
+    for (lr, clip, seed), (run,) in groups(stored("tails"), "learning_rate", "clip_range", "seed").items():
+        worst = max(run["frontier"], key=lambda p: p["kl_se"])
+        row = [f"{lr:g}", f"{clip:g}", seed, *(f"{100 * share(run, kl):.0f}" for kl in KLS[:2])]
+        rows.append([*row, f"{worst['kl']:.2f} ± {worst['kl_se']:.2f}", f"{256 * (1 - worst['eos_rate']):.0f}"])
+    head = ["lr", "ε", "seed", *(f"% of the limit's gain at KL ≤ {kl:g}" for kl in KLS[:2])]
+    return table([*head, "the KL of the widest standard error", "responses of 256 cut there"], rows)
+
+
 def budget_table():
     rows = []
     for (script, lr, beta), runs in groups(stored("budget"), "script", "learning_rate", "beta").items():
@@ -442,6 +452,7 @@ TABLES = {
     "clipping": clipping_table,
     "responses": responses_table,
     "search": search_table,
+    "tails": tails_table,
     "budget": budget_table,
     "labels": labels_table,
     "rewards": rewards_table,
