@@ -147,7 +147,8 @@ def run_ours(task, args, policy, reward_model, folder):
     options |= {"micro_batch_size": args.micro_batch_size, "minibatch_size": args.prompts, "learning_rate": 1e-5}
     options |= {"max_prompt_tokens": args.max_prompt_tokens, "max_response_tokens": args.max_response_tokens}
     if task in ONLINE:
-        options |= {"prompts_per_update": args.prompts, "num_responses": 2, "num_epochs": 1, "reward_model": reward_model}
+        options |= {"prompts_per_update": args.prompts, "num_responses": 2, "num_epochs": 1}
+        options |= {"reward_model": reward_model}
         options |= {"max_response_tokens": args.new_tokens}
     else:
         options |= {"data_epochs": args.updates + 1, "lr_schedule": "constant"}
