@@ -207,20 +207,21 @@ def find_stage(stage, model, dataset):
     if model == "tiny":
         return f"{TINY}/{stage}"
     run = Path("runs") / stage / short_name(dataset) / short_name(model)
-    saved = json.loads((run / "args.json").read_text()) if (run / "model").is_dir() else {"base_name": None}
-    same = saved.get("base_name") == short_name(model) and saved["args"]["dataset"] == dataset
-    if same and (stage != "sft" or saved["args"]["model"] == model):
-        return f"{run}/model"
+    with suppress(OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
+        saved = json.loads((run / "args.json").read_text())
+        made_of, same = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
+        if same and made_of["dataset"] == dataset and (stage != "sft" or made_of["model"] == model):
+            return f"{run}/model"
     size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
     return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
 
 
-def fetch(kind, name, flag, load):
-    """load(), a hub id only after one request of at most 10 s has found it. Raises UserError with the reason."""
+def fetch(kind, name, flag, load, **options):
+    """load(name, **options), a hub id only after one request of at most 10 s has found it. Raises UserError."""
     try:
         if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
             HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
-        return load()
+        return load(name, **options)
     except Exception as error:
         error = error.__cause__ or error  # of what the datasets library wraps
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -231,7 +232,7 @@ def fetch(kind, name, flag, load):
 def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
     """A model in evaluation mode, so without dropout, from a folder or the hub; see set_up_model. Raises UserError."""
     options |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": args.trust_remote_code}
-    model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
+    model, info = fetch("model", name, flag, auto_class.from_pretrained, **options)
     if info["missing_keys"] and not new_head:
         raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
     if train and getattr(model, "peft_config", None):
@@ -275,9 +276,9 @@ def set_up_model(model, args, train):
 def load_tokenizer(name, model, args):
     """The tokenizer of a policy, and the ids that end its responses. Raises UserError."""
     options = {"trust_remote_code": args.trust_remote_code}
-    tokenizer = fetch("tokenizer", name, "--model", lambda: AutoTokenizer.from_pretrained(name, **options))
-    if path := args.chat_template:
-        tokenizer.chat_template = fetch("chat template", path, "--chat-template", Path(path).read_text)
+    tokenizer = fetch("tokenizer", name, "--model", AutoTokenizer.from_pretrained, **options)
+    if args.chat_template:
+        tokenizer.chat_template = fetch("chat template", Path(args.chat_template), "--chat-template", Path.read_text)
     if not tokenizer("Hi").input_ids:  # what the library makes up where there is none
         raise UserError(f"--model {name}: no tokenizer is there; save the model's own in that folder.")
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -294,26 +295,28 @@ def to_texts(row, columns, tokenizer):
     """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
     the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
     chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
-    keys = ("prompt", *(columns or ("chosen",) * ("prompt" not in row)))
-    prompt, *told = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
+    keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
+    prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
     for key, x in zip(keys, values):
         if not isinstance(x, str) and not (isinstance(x, list) and {*map(type, x)} == {dict}):
             raise ValueError(f"expected text or messages in {key}; found {x!r:.60} (columns: {', '.join(row)})")
     if any(isinstance(x, list) for x in values):
         if not tokenizer.chat_template:
             raise ValueError("messages need a chat template, which the tokenizer lacks: pass --chat-template FILE")
-        told = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in told]
-        asked = [{"role": "user", "content": prompt}] if prompt and isinstance(prompt, str) else prompt or told[0][:-1]
+        responses = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in responses]
+        dialogue = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        dialogue = dialogue if prompt else responses[0][:-1]
         render = partial(tokenizer.apply_chat_template, tokenize=False)
-        told = [render(y if y[1:] or not prompt else asked + y).rstrip() for y in told]
+        # A response of one message lacks the dialogue before it.
+        responses = [render(y if y[1:] or not prompt else dialogue + y).rstrip() for y in responses]
         bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids else ""
-        prompt = render(asked, add_generation_prompt=True).removeprefix(bos)
-        told = [y.removeprefix(bos).removesuffix(tokenizer.eos_token) for y in told]
+        prompt = render(dialogue, add_generation_prompt=True).removeprefix(bos)
+        responses = [y.removeprefix(bos).removesuffix(tokenizer.eos_token) for y in responses]
     elif "prompt" in row:
         return values
     else:
-        prompt = "".join(told[0].rpartition("\n\nAssistant:")[:2])
-    return [prompt, *(y[len(prompt) :] if y.startswith(prompt) else "" for y in told)]
+        prompt = "".join(responses[0].rpartition("\n\nAssistant:")[:2])
+    return [prompt, *(y[len(prompt) :] if y.startswith(prompt) else "" for y in responses)]
 
 
 def read_dataset(tokenizer, args, columns):
@@ -326,7 +329,7 @@ def read_dataset(tokenizer, args, columns):
     if files and not os.path.getsize(path):
         raise UserError(f"{flag}: the file is empty.")
 
-    def load():
+    def load(path):
         if Path(path, "state.json").is_file():  # of save_to_disk
             return {"train": datasets.load_from_disk(path)}, False
         builder = datasets.load_dataset_builder(where, subset, data_files=files)
@@ -354,7 +357,6 @@ def read_dataset(tokenizer, args, columns):
     held = {x for x, *_ in parts[-1]} - {""}
     if len(parts) == 1:  # a tenth of the prompts, the same in every script
         held = {*sorted(held, key=lambda x: hashlib.sha256(x.encode()).digest())[: min(max(len(held) // 10, 2), 1000)]}
-        parts[0].sort(key=lambda row: columns or hashlib.sha256(row[0].encode()).digest())  # prompts alone: so ordered
         parts.append([row for row in parts[0] if row[0] in held])
     elif dropped := sum(row[0] in held for row in parts[0]):
         print(f"{'':14}{dropped:,} train rows dropped: their prompts are held out")
@@ -362,18 +364,17 @@ def read_dataset(tokenizer, args, columns):
 
 
 def load_prompts(tokenizer, args):
-    """(train, held-out) prompts as 1-D id tensors, each once; prints what is left out. Raises UserError."""
+    """(train, --eval-prompts held-out) prompts as 1-D ids, each once; prints what is left out. Raises UserError."""
     parts, length = read_dataset(tokenizer, args, ()), args.max_prompt_tokens
     for i, name in enumerate(("train", "held-out")):
-        texts = [*dict.fromkeys(x for x, *_ in parts[i] if x)]
-        ids, empty = tokenizer(texts).input_ids if texts else [], sum(not x for x, *_ in parts[i])
+        texts, empty = [*dict.fromkeys(x for x, *_ in parts[i] if x)], sum(not x for x, *_ in parts[i])
+        ids = tokenizer(texts).input_ids if texts else []
         long, done = sum(len(x) > length for x in ids), "cut on the left" if args.truncate_prompts else "dropped"
         parts[i] = [torch.tensor(x[-length:]) for x in ids if args.truncate_prompts or len(x) <= length]
-        said = f"{len(parts[i]):,} different {name} prompts; {long:,} too long, {done}"
-        print(f"{'':14}{said}" + f"; {empty:,} rows without a prompt, dropped" * (empty > 0))
+        print(f"{'':14}{len(parts[i]):,} different {name} prompts; {long:,} too long, {done}; {empty:,} empty, dropped")
         if not parts[i]:
             raise UserError(f"--dataset {args.dataset}: no {name} prompts are left.")
-    return parts
+    return parts[0], parts[1][: args.eval_prompts]
 
 
 def text_reward(spec, flag, tokenizer):
@@ -440,7 +441,7 @@ class InplaceLayer(DynamicLayer):
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # only a scope: the trunk's autocasts inside it share the weights they round
+@torch.autocast("cpu", enabled=False)  # only a scope, in which a weight is rounded to bfloat16 once, not at every token
 def sample_responses(model, prompts, noise, temperature, end_ids):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
     `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
@@ -457,7 +458,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     hidden = model.base_model(input_ids, **inputs).last_hidden_state
     hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
     cache.batch_repeat_interleave(K)
-    tokens, logprobs = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device)
+    tokens, logprobs, lengths = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device), input_ids.new_zeros(N)
     rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # kept
     for t in range(T):
         probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
@@ -465,6 +466,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
         cdf = probs.double().cumsum(-1)
         token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
         tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
+        lengths[rows] += going
         going &= ~torch.isin(token.squeeze(1), end_ids)
         if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
             cache.batch_select_indices(going.nonzero().squeeze(1))
@@ -474,9 +476,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
         mask = F.pad(mask, (0, 1), value=1)
         inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
         hidden = model.base_model(token, **inputs).last_hidden_state
-    over = F.pad(torch.isin(tokens, end_ids).cumsum(1), (1, 0))[:, :T] > 0  # [N, T], what follows the end of a response
-    lengths = (T - over.sum(1)).tolist()
-    return [(y[:n].clone(), p[:n].clone()) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), lengths)]
+    return [(y[:n].clone(), p[:n].clone()) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())]
 
 
 def response_hidden(model, prompts, responses):
@@ -525,7 +525,8 @@ def response_scores(reward_model, prompts, responses):
 def in_batches(function, prompts, responses, batch_size=0):
     """function(prompts, responses) -> a result for each response, in batches of like length shared out among processes,
     without gradient. Every process returns all results, in the order of responses, on the CPU; tensors as one, [N, …],
-    padded with 0. batch_size: responses a call; 0 splits them evenly over the processes."""
+    padded with 0. batch_size: responses a call; 0 splits them evenly over the processes. Sampling, which has no
+    responses yet, gives its noise in their place."""
     K, N, state, found = len(responses) // len(prompts), len(responses), PartialState(), []
     lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
     batches = lengths.argsort().split(max(1, (batch_size or math.ceil(N / state.num_processes)) // K))
@@ -618,8 +619,8 @@ def load_judges(args, model, tokenizer, device, needed=True):
         judges["reward"] = text_reward(args.reward_fn, "--reward-fn", tokenizer)
     elif path:
         reward_model = load_model(AutoModelForSequenceClassification, path, "--reward-model", device, args)
-        load = partial(AutoTokenizer.from_pretrained, path, trust_remote_code=args.trust_remote_code)
-        own = fetch("tokenizer", path, "--reward-model", load)
+        options = {"trust_remote_code": args.trust_remote_code}
+        own = fetch("tokenizer", path, "--reward-model", AutoTokenizer.from_pretrained, **options)
         same = not own("Hi").input_ids or tokenizer.get_vocab().items() <= own.get_vocab().items()
         found = reward_model.config.num_labels, reward_model.get_input_embeddings().num_embeddings
         if found[0] != 1 or found[1] < len(tokenizer) or not hasattr(reward_model, "score") or not same:
@@ -651,7 +652,7 @@ def answer(args, num, reference=None):
     paths = [find_policy(name) for name in args.models]
     for path in paths:  # before the first answers: is the last one there?
         options = {"trust_remote_code": args.trust_remote_code}
-        fetch("model", path, "policy", lambda path=path: AutoConfig.from_pretrained(path, **options))  # noqa: B023
+        fetch("model", path, "policy", AutoConfig.from_pretrained, **options)
     if reference is not None:
         start = record["policy"] if record and base != "tiny" else base
         reference_path = find_policy(reference or start)
@@ -665,7 +666,7 @@ def answer(args, num, reference=None):
             needed = not getattr(args, "judge_url", "")
             judges, sources, _ = load_judges(args, base, tokenizer, device, needed)
             prompts = load_prompts(tokenizer, args)[1]
-            prompts, vocabulary = prompts[: args.eval_prompts], tokenizer.get_vocab()
+            vocabulary = tokenizer.get_vocab()
             generator = torch.Generator().manual_seed(args.seed)
             size = (2, len(prompts), args.max_response_tokens)  # a run's first half is for its SFT policy
             noise = torch.rand(size, dtype=torch.float64, generator=generator)[1][:num]
@@ -913,7 +914,6 @@ def limit(args):
     print(f"reference     {policy_path} (--model changes it)")
     judges, sources, reward_model = load_judges(args, args.model, tokenizer, device)
     prompts = load_prompts(tokenizer, args)[1]
-    prompts = prompts[: args.eval_prompts]
     base = "tiny" if args.model == "tiny" else short_name(policy_path)
     folder = Path(args.output_dir or f"runs/limit/{short_name(args.dataset)}/{base}")
     print(f"folder        {folder} (--output-dir changes it)")

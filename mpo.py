@@ -65,8 +65,8 @@ PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.m
     "reward_model/tldr": "cleanrl/EleutherAI_pythia-{}-deduped__reward__tldr",
 }
 # Settings that may change when a run is resumed: what is left of it, and what changes memory and speed alone.
-FREE = "args config resume overwrite debug output_dir num_updates eval_every save_every device".split()
-FREE = {*FREE, "micro_batch_size", "gradient_checkpointing"}
+MAY_CHANGE = "args config resume overwrite debug track output_dir num_updates eval_every save_every device".split()
+MAY_CHANGE = {*MAY_CHANGE, "micro_batch_size", "gradient_checkpointing"}
 
 
 def preference_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, ref_sample_logps, beta, tau):
@@ -167,15 +167,12 @@ def set_up(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
-    size, prompts = args.minibatch_size, getattr(args, "prompts_per_update", args.minibatch_size)
-    if prompts % size:
-        raise UserError(f"--prompts-per-update {prompts}: expected a multiple of --minibatch-size, {size}.")
-    if size % accelerator.num_processes:
-        raise UserError(f"--minibatch-size {size}: expected a multiple of the {accelerator.num_processes} processes.")
+    size, prompts, processes = args.minibatch_size, vars(args).get("prompts_per_update"), accelerator.num_processes
+    if prompts and (prompts % size or size % processes):
+        wanted = f"a multiple of --minibatch-size, {size}, and that one of the {processes} processes"
+        raise UserError(f"--prompts-per-update {prompts}: expected {wanted}.")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != "FSDP":
-        print("note: accelerate shards a model (FSDP) on GPUs alone; here every process holds all of it (DDP)")
     return accelerator
 
 
@@ -193,20 +190,21 @@ def find_stage(stage, model, dataset):
     if model == "tiny":
         return f"{TINY}/{stage}"
     run = Path("runs") / stage / short_name(dataset) / short_name(model)
-    saved = json.loads((run / "args.json").read_text()) if (run / "model").is_dir() else {"base_name": None}
-    same = saved.get("base_name") == short_name(model) and saved["args"]["dataset"] == dataset
-    if same and (stage != "sft" or saved["args"]["model"] == model):
-        return f"{run}/model"
+    with suppress(OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
+        saved = json.loads((run / "args.json").read_text())
+        made_of, same = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
+        if same and made_of["dataset"] == dataset and (stage != "sft" or made_of["model"] == model):
+            return f"{run}/model"
     size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
     return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
 
 
-def fetch(kind, name, flag, load):
-    """load(), a hub id only after one request of at most 10 s has found it. Raises UserError with the reason."""
+def fetch(kind, name, flag, load, **options):
+    """load(name, **options), a hub id only after one request of at most 10 s has found it. Raises UserError."""
     try:
         if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
             HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
-        return load()
+        return load(name, **options)
     except Exception as error:
         error = error.__cause__ or error  # of what the datasets library wraps
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -217,7 +215,7 @@ def fetch(kind, name, flag, load):
 def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
     """A model in evaluation mode, so without dropout, from a folder or the hub; see set_up_model. Raises UserError."""
     options |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": args.trust_remote_code}
-    model, info = fetch("model", name, flag, lambda: auto_class.from_pretrained(name, **options))
+    model, info = fetch("model", name, flag, auto_class.from_pretrained, **options)
     if info["missing_keys"] and not new_head:
         raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
     if train and getattr(model, "peft_config", None):
@@ -261,9 +259,9 @@ def set_up_model(model, args, train):
 def load_tokenizer(name, model, args):
     """The tokenizer of a policy, and the ids that end its responses. Raises UserError."""
     options = {"trust_remote_code": args.trust_remote_code}
-    tokenizer = fetch("tokenizer", name, "--model", lambda: AutoTokenizer.from_pretrained(name, **options))
-    if path := args.chat_template:
-        tokenizer.chat_template = fetch("chat template", path, "--chat-template", Path(path).read_text)
+    tokenizer = fetch("tokenizer", name, "--model", AutoTokenizer.from_pretrained, **options)
+    if args.chat_template:
+        tokenizer.chat_template = fetch("chat template", Path(args.chat_template), "--chat-template", Path.read_text)
     if not tokenizer("Hi").input_ids:  # what the library makes up where there is none
         raise UserError(f"--model {name}: no tokenizer is there; save the model's own in that folder.")
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -280,26 +278,28 @@ def to_texts(row, columns, tokenizer):
     """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
     the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
     chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
-    keys = ("prompt", *(columns or ("chosen",) * ("prompt" not in row)))
-    prompt, *told = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
+    keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
+    prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
     for key, x in zip(keys, values):
         if not isinstance(x, str) and not (isinstance(x, list) and {*map(type, x)} == {dict}):
             raise ValueError(f"expected text or messages in {key}; found {x!r:.60} (columns: {', '.join(row)})")
     if any(isinstance(x, list) for x in values):
         if not tokenizer.chat_template:
             raise ValueError("messages need a chat template, which the tokenizer lacks: pass --chat-template FILE")
-        told = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in told]
-        asked = [{"role": "user", "content": prompt}] if prompt and isinstance(prompt, str) else prompt or told[0][:-1]
+        responses = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in responses]
+        dialogue = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        dialogue = dialogue if prompt else responses[0][:-1]
         render = partial(tokenizer.apply_chat_template, tokenize=False)
-        told = [render(y if y[1:] or not prompt else asked + y).rstrip() for y in told]
+        # A response of one message lacks the dialogue before it.
+        responses = [render(y if y[1:] or not prompt else dialogue + y).rstrip() for y in responses]
         bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids else ""
-        prompt = render(asked, add_generation_prompt=True).removeprefix(bos)
-        told = [y.removeprefix(bos).removesuffix(tokenizer.eos_token) for y in told]
+        prompt = render(dialogue, add_generation_prompt=True).removeprefix(bos)
+        responses = [y.removeprefix(bos).removesuffix(tokenizer.eos_token) for y in responses]
     elif "prompt" in row:
         return values
     else:
-        prompt = "".join(told[0].rpartition("\n\nAssistant:")[:2])
-    return [prompt, *(y[len(prompt) :] if y.startswith(prompt) else "" for y in told)]
+        prompt = "".join(responses[0].rpartition("\n\nAssistant:")[:2])
+    return [prompt, *(y[len(prompt) :] if y.startswith(prompt) else "" for y in responses)]
 
 
 def read_dataset(tokenizer, args, columns):
@@ -312,7 +312,7 @@ def read_dataset(tokenizer, args, columns):
     if files and not os.path.getsize(path):
         raise UserError(f"{flag}: the file is empty.")
 
-    def load():
+    def load(path):
         if Path(path, "state.json").is_file():  # of save_to_disk
             return {"train": datasets.load_from_disk(path)}, False
         builder = datasets.load_dataset_builder(where, subset, data_files=files)
@@ -340,7 +340,6 @@ def read_dataset(tokenizer, args, columns):
     held = {x for x, *_ in parts[-1]} - {""}
     if len(parts) == 1:  # a tenth of the prompts, the same in every script
         held = {*sorted(held, key=lambda x: hashlib.sha256(x.encode()).digest())[: min(max(len(held) // 10, 2), 1000)]}
-        parts[0].sort(key=lambda row: columns or hashlib.sha256(row[0].encode()).digest())  # prompts alone: so ordered
         parts.append([row for row in parts[0] if row[0] in held])
     elif dropped := sum(row[0] in held for row in parts[0]):
         print(f"{'':14}{dropped:,} train rows dropped: their prompts are held out")
@@ -479,7 +478,7 @@ class InplaceLayer(DynamicLayer):
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # only a scope: the trunk's autocasts inside it share the weights they round
+@torch.autocast("cpu", enabled=False)  # only a scope, in which a weight is rounded to bfloat16 once, not at every token
 def sample_responses(model, prompts, noise, temperature, end_ids):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
     `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
@@ -496,7 +495,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     hidden = model.base_model(input_ids, **inputs).last_hidden_state
     hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
     cache.batch_repeat_interleave(K)
-    tokens, logprobs = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device)
+    tokens, logprobs, lengths = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device), input_ids.new_zeros(N)
     rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # kept
     for t in range(T):
         probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
@@ -504,6 +503,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
         cdf = probs.double().cumsum(-1)
         token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
         tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
+        lengths[rows] += going
         going &= ~torch.isin(token.squeeze(1), end_ids)
         if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
             cache.batch_select_indices(going.nonzero().squeeze(1))
@@ -513,9 +513,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
         mask = F.pad(mask, (0, 1), value=1)
         inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
         hidden = model.base_model(token, **inputs).last_hidden_state
-    over = F.pad(torch.isin(tokens, end_ids).cumsum(1), (1, 0))[:, :T] > 0  # [N, T], what follows the end of a response
-    lengths = (T - over.sum(1)).tolist()
-    return [(y[:n].clone(), p[:n].clone()) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), lengths)]
+    return [(y[:n].clone(), p[:n].clone()) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())]
 
 
 def response_hidden(model, prompts, responses):
@@ -582,7 +580,8 @@ def response_scores(reward_model, prompts, responses):
 def in_batches(function, prompts, responses, batch_size=0):
     """function(prompts, responses) -> a result for each response, in batches of like length shared out among processes,
     without gradient. Every process returns all results, in the order of responses, on the CPU; tensors as one, [N, …],
-    padded with 0. batch_size: responses a call; 0 splits them evenly over the processes."""
+    padded with 0. batch_size: responses a call; 0 splits them evenly over the processes. Sampling, which has no
+    responses yet, gives its noise in their place."""
     K, N, state, found = len(responses) // len(prompts), len(responses), PartialState(), []
     lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
     batches = lengths.argsort().split(max(1, (batch_size or math.ceil(N / state.num_processes)) // K))
@@ -626,9 +625,9 @@ class Trained(torch.nn.Module):
 
 
 @contextmanager
-def whole(trained):
-    """Every process holds all weights, for forwards of the model outside of training: FSDP has them in parts, gathered
-    by hooks of its own forward, which are off meanwhile. Without FSDP it does nothing."""
+def gathered(trained):
+    """Within it every process holds all weights, for forwards outside of training. FSDP alone splits them, and gathers
+    them by hooks of its own forward, which are off meanwhile; without FSDP it does nothing."""
     parts = [part for part in trained.modules() if isinstance(part, FSDPModule)]
     kept = [(hooks, dict(hooks)) for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
     for part in parts:
@@ -672,7 +671,7 @@ def open_run(accelerator, folder, args, **record):
             saved, where = json.loads(file.read_text()), last or file
             state = torch.load(last / "state.pt") if last else {}
             now, *before = ({**r, **r["args"]} for r in (record, saved, state or saved))
-            free = FREE - ({"num_updates"} if now.get("lr_schedule", "constant") != "constant" else set())
+            free = MAY_CHANGE - ({"num_updates"} if now.get("lr_schedule", "constant") != "constant" else set())
             changed = {k: r.get(k) for r in before for k in now.keys() - free if r.get(k) != now[k]}
             sizes = [(folder / name, size) for name, size in state.get("files", {}).items()]
             ended = (folder / "model").is_dir() and saved["args"]["num_updates"] == args.num_updates
@@ -754,7 +753,7 @@ def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs
     """The model in folder/model, plain files of transformers, in place when they are whole and, loaded again, compute
     the same of `inputs`, trained's arguments (to 1e-5 relative). Raises RunError."""
     part, weights, inner = folder / "model.part", accelerator.get_state_dict(trained), accelerator.unwrap_model(trained)
-    with torch.no_grad(), whole(inner):
+    with torch.no_grad(), gathered(inner):
         expected = inner(*inputs)
         if accelerator.is_main_process:
             try:
@@ -798,8 +797,7 @@ def main(args):
     tokenizer, end_ids = load_tokenizer(policy_path, policy, args)
     reward_path = args.reward_fn or args.reward_model or find_stage("reward_model", args.model, args.dataset)
     gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
-    found = "no SFT run for it" if policy_path == args.model else f"for --model {args.model}"
-    print(f"policy        {policy_path} ({found}); the reference is the same, frozen")
+    print(f"policy        {policy_path}, for --model {args.model}; the reference is the same, frozen")
     print(f"reward        {reward_path or 'none, nothing is sampled'}, for evaluation (--reward-model, --reward-fn)")
     print(f"dataset       {args.dataset} (--dataset changes it)")
     with accelerator.local_main_process_first():  # one process of a machine fills the cache of datasets
@@ -821,8 +819,8 @@ def main(args):
         elif reward_path:
             classifier = partial(load_model, AutoModelForSequenceClassification)
             reward_model = classifier(reward_path, "--reward-model", accelerator.device, args)
-            load = partial(AutoTokenizer.from_pretrained, reward_path, trust_remote_code=args.trust_remote_code)
-            own = fetch("tokenizer", reward_path, "--reward-model", load)
+            options = {"trust_remote_code": args.trust_remote_code}
+            own = fetch("tokenizer", reward_path, "--reward-model", AutoTokenizer.from_pretrained, **options)
             same = not own("Hi").input_ids or tokenizer.get_vocab().items() <= own.get_vocab().items()
             found = reward_model.config.num_labels, reward_model.get_input_embeddings().num_embeddings
             if found[0] != 1 or found[1] < len(tokenizer) or not hasattr(reward_model, "score") or not same:
@@ -897,7 +895,7 @@ def main(args):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, at: signal.default_int_handler(n, at) if len(caught) > 1 else caught.append(n))
     progress = tqdm(total=num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
-    for update in range(start, num_updates + 1):
+    for update in range(start, num_updates + 1):  # the last round only saves and evaluates
         # 0. Every so often save what a resume needs, and evaluate on held-out pairs and prompts.
         stop = gather_object(caught)
         if update > start and (stop or update == num_updates or args.save_every and update % args.save_every == 0):
@@ -907,7 +905,7 @@ def main(args):
             print(f"\nstopped after {update} updates: the same command with --resume goes on", file=sys.stderr)
             sys.exit(128 + stop[0])
         if update in (0, num_updates) or args.eval_every and update % args.eval_every == 0:
-            with whole(trained):
+            with gathered(trained):
                 logps = logps_of(policy, *eval_pairs) / eval_counts
             _, metrics = preference_loss(*logps.T, *eval_ref_logps.T, logps.new_zeros(1), *options)  # without D_ref
             metrics.pop("logps/ref_samples")
@@ -918,7 +916,7 @@ def main(args):
                 except UserError as error:  # the run has begun
                     raise RunError(str(error)) from error
                 evaluation = (eval_prompts, eval_noise, judges, sft_rewards, args.temperature, end_ids, max_rows)
-                with whole(trained):
+                with gathered(trained):
                     frontier, y, rewards = evaluate(policy, reference, *evaluation)
                 del reference, judges, evaluation
                 gc.collect()  # autocast's wrapper makes a model a cycle
@@ -945,7 +943,7 @@ def main(args):
         micros = [*own, minibatch[:1]][: math.ceil(len(shares[0]) / size)]  # as many in all processes, for FSDP
         stats, all_logps = Counter(), []
         for micro in micros:
-            accelerator.sync_gradients = micro is micros[-1]  # gradients cross processes once, with the last
+            accelerator.sync_gradients = micro is micros[-1]  # of the last alone; DeepSpeed reads this
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
                 inputs = [prompts[i] for i in micro], [y for i in micro for y in responses[K * i : K * i + K]]
                 logps = trained(*inputs, args.temperature).double().sum(1).view(-1, K)  # chosen, rejected, samples
@@ -991,7 +989,7 @@ if __name__ == "__main__":
     args = parse()
     try:
         if args.config:  # the flags of that run, then these
-            run = fetch("run", args.config, "--config", lambda: json.load(open(args.config))["args"].items())
+            run = fetch("run", args.config, "--config", lambda file: json.load(open(file))["args"].items())
             run = {k: v for k, v in run if k not in ("config", "resume", "overwrite", "output_dir") and v is not False}
             run = {k.replace("_", "-"): v if isinstance(v, list) else [v] * (v is not True) for k, v in run.items()}
             args = parse(args=[*(str(x) for k, v in run.items() for x in (f"--{k}", *v)), *sys.argv[1:]])
@@ -1000,7 +998,7 @@ if __name__ == "__main__":
         if args.debug:
             raise
         codes = {UserError: 2, ModuleNotFoundError: 2, KeyboardInterrupt: 130}
-        code, said = codes.get(type(error), 1), f"{NAME}.py: {error or 'interrupted'}"
+        code, said = codes.get(type(error), 1), f"{NAME}.py: {str(error) or 'interrupted'}"
         if code == 1:
             said += "\nWhat was saved is kept: when this is mended, the same command with --resume goes on."
         if isinstance(error, torch.OutOfMemoryError):
