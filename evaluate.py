@@ -67,7 +67,11 @@ PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.m
     "reward_model/tldr": "cleanrl/EleutherAI_pythia-{}-deduped__reward__tldr",
 }
 # Settings of a run that leave its curve as it is: runs that differ in these alone are one curve.
-SAME_CURVE = "seed output_dir overwrite resume save_every device debug micro_batch_size gradient_checkpointing".split()
+SAME_CURVE = "seed output_dir overwrite resume save_every device debug config dry_run track".split()
+SAME_CURVE = {*SAME_CURVE, "micro_batch_size", "gradient_checkpointing"}
+# What decides, with the model, the held-out prompts and the distribution of the responses to them.
+TASK = "dataset subset split map chat_template max_prompt_tokens truncate_prompts".split()
+TASK += ["max_response_tokens", "temperature"]
 ROUND = 32  # samples a prompt between two saves of the limit; another number gives other samples
 JUDGES = ("reward", "gold")
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # told apart by the colour-blind too
@@ -689,6 +693,11 @@ def answer(args, num, reference=None):
 
 
 def table(header, rows):
+def plus_minus(mean, se, digits):
+    """A mean with its standard error, where there is one."""
+    return f"{mean:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
+
+
     """A markdown table that is a table in the terminal too."""
     rows = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
@@ -776,7 +785,9 @@ def curve_numbers(group, key, kls):
     for kappa in kls:
         reward, reward_se = mean_and_se([reward_at(points, kappa) for points in paths])
         reached = {"reached": min(largest) >= kappa, "largest_kl": min(largest)}
-        rewards[f"{kappa:g}"] = {"reward": reward if math.isfinite(reward) else None, "reward_se": reward_se, **reached}
+        if math.isnan(reward):  # a seed was never at this KL or below
+            reward, reward_se = None, None
+        rewards[f"{kappa:g}"] = {"reward": reward, "reward_se": reward_se, **reached}
     x, y = np.array([point for points in paths for point in points]).T
     fit = None
     if np.ptp(x) > 0:
@@ -785,8 +796,8 @@ def curve_numbers(group, key, kls):
     return {"seeds": [seed for seed, _ in group], "path": path, "reward_at": rewards, "fit": fit}
 
 
-def read_limit(file, runs):
-    """limit.json, if it is of the runs' dataset, reward, model and temperature. Raises UserError."""
+def read_limit(file, runs, key):
+    """limit.json, if it is of the runs' model, task, reward and, if drawn, gold. Raises UserError."""
     try:
         limit = json.loads(Path(file).read_text())
         found = limit["args"] | {"reward": reward_of(limit), "model": limit["base_name"]}
@@ -797,9 +808,11 @@ def read_limit(file, runs):
         raise UserError(f"--limit {file}: it is no limit.json ({type(error).__name__}: {error}).") from error
     for folder, record, _ in runs:
         wanted = record["args"] | {"reward": reward_of(record), "model": record.get("base_name")}
-        for key in ("dataset", "reward", "model", "temperature"):
-            if found[key] != wanted.get(key, found[key]):
-                raise UserError(f"--limit {file}: it has {key} {found[key]!r}, {folder} has {wanted[key]!r}.")
+        for name in ("model", "reward", *TASK, *(["gold_fn"] if key == "gold" else [])):
+            if name in found and found[name] != wanted.get(name, found[name]):
+                raise UserError(f"--limit {file}: it has {name} {found[name]!r}, {folder} has {wanted[name]!r}.")
+        if found.get("eval_prompts") != wanted.get("eval_prompts"):
+            print(f"note: --limit {file} is of other --eval-prompts than {folder}, so they differ by chance too")
     return limit
 
 
@@ -847,18 +860,20 @@ def frontier(args):
         raise UserError("frontier: expected the folder of a run, as runs/p3o_v2/tiny/tiny.")
     if args.output.suffix != ".png":
         raise UserError(f"--output {args.output}: expected a name that ends in .png.")
-    key, runs = args.reward, [(run, *read_run(run, args.reward)) for run in folders]
-    curves = {label: curve_numbers(group, key, args.kls) for label, group in group_runs(runs, key).items()}
-    bound, rows = read_limit(args.limit, runs) if args.limit else None, []
+    key, kls, runs = args.reward, [*dict.fromkeys(args.kls)], [(run, *read_run(run, args.reward)) for run in folders]
+    curves = {label: curve_numbers(group, key, kls) for label, group in group_runs(runs, key).items()}
+    bound, rows = read_limit(args.limit, runs, key) if args.limit else None, []
     if bound and key not in bound["curve"][0]:
         raise UserError(f"--limit {args.limit}: it has no {key}.")
     for label, curve in curves.items():
         cells = [label, len(curve["seeds"])]
         for kappa, found in curve["reward_at"].items():
-            se = "" if found["reward_se"] is None else f" ± {found['reward_se']:.2f}"
             reached = "" if found["reached"] else f" (KL ≤ {found['largest_kl']:.2f})"
-            cells.append("none" if found["reward"] is None else f"{found['reward']:.2f}{se}{reached}")
-            if bound and key == "reward" and found["reward"] is not None:
+            if found["reward"] is None:
+                cells.append("none")
+                continue
+            cells.append(plus_minus(found["reward"], found["reward_se"], 2) + reached)
+            if bound and key == "reward":
                 best = np.interp(float(kappa), *([row[k] for row in bound["curve"]] for k in ("kl", "reward")))
                 found["limit"], gain = best.item(), best.item() - bound["ref_reward"]
                 found["share"] = (found["reward"] - bound["ref_reward"]) / gain if gain > 0 else None
@@ -868,7 +883,7 @@ def frontier(args):
     for name, points in (("limit", bound["curve"]), ("best of n", bound["best_of_n"])) if bound else ():
         x, y = ([row[k] for row in points] for k in ("kl", key))
         trusted = max([row["kl"] for row in points if row.get("trusted", True)], default=0)
-        at = [f"{np.interp(k, x, y):.2f}{'' if k <= trusted else ' (too few samples)'}" for k in args.kls]
+        at = [f"{np.interp(k, x, y):.2f}{'' if k <= trusted else ' (too few samples)'}" for k in kls]
         rows.append([name, "", *at, ""])
     dataset, models = runs[0][1]["args"]["dataset"], ", ".join(sorted({str(r[1].get("base_name")) for r in runs}))
     title = f"{key.capitalize()} and KL while training: dataset {short_name(dataset)}, model {models}"
@@ -876,7 +891,7 @@ def frontier(args):
     note = "bands: ± a standard error over " + ("seeds (of a single one: over prompts)" if several else "prompts")
     draw(args.output, f"{title}\n{note}", key, curves, bound)
     share = ", share of the limit's gain" if bound and key == "reward" else ""
-    print(table(["curve", "seeds", *(f"{key} at KL ≤ {k:g}{share}" for k in args.kls), "linear fit"], rows))
+    print(table(["curve", "seeds", *(f"{key} at KL ≤ {k:g}{share}" for k in kls), "linear fit"], rows))
     result = {"reward": key, "dataset": dataset, "models": models, "curves": curves}
     result |= {"limit": bound and {k: bound[k] for k in ("ref_reward", "num_samples", "curve", "best_of_n")}}
     write(args.output.with_suffix(".json"), json.dumps(result, indent=1))

@@ -178,6 +178,24 @@ def test_frontier_of_gold(runs, tmp_path):
     assert found["curves"]["p3o_v2"]["reward_at"]["1"]["reward"] == -1
 
 
+def test_what_leaves_a_curve_as_it_is_makes_no_other_curve(runs, tmp_path):
+    """Seeds with and without --track or --config, and of a version that had neither."""
+    other = make_run(tmp_path / "e", 3, enumerate([(0, 1), (2, 2)]), track=True, config="args.json", dry_run=False)
+    found = evaluate.frontier(Frontier((*runs[:2], other), tmp_path / "f.png"))
+    assert [curve["seeds"] for curve in found["curves"].values()] == [[1, 2, 3]]
+
+
+def test_a_kl_that_a_seed_is_never_below(tmp_path, capsys):
+    """Not a NaN, which JSON does not have; and a KL given twice is one column."""
+    runs = [make_run(tmp_path / str(seed), seed, [(0, (seed, 1)), (1, (3, 2))]) for seed in (1, 2)]
+    evaluate.frontier(Frontier(tuple(runs), tmp_path / "f.png", (1.5, 2.5, 1.5)))
+    found = json.loads((tmp_path / "f.json").read_text(), parse_constant=pytest.fail)["curves"]["p3o_v2"]["reward_at"]
+    assert found["1.5"] == {"reward": None, "reward_se": None, "reached": True, "largest_kl": 3}
+    assert found["2.5"]["reward"] == pytest.approx(1.625)
+    header, _, row, *_ = capsys.readouterr().out.splitlines()
+    assert header.count("reward at") == 2 and "none" in row and len(row) == len(header)
+
+
 def test_a_run_given_twice_counts_once(runs, tmp_path):
     found = evaluate.frontier(Frontier((runs[0], f"{runs[0]}/../a"), tmp_path / "f.png"))
     assert found["curves"]["p3o_v2"]["seeds"] == [1]
@@ -225,14 +243,28 @@ def test_frontier_refuses(case, sentence, runs, tmp_path):
     assert not (tmp_path / "f.png").exists()
 
 
-@pytest.mark.parametrize("changes", [{"dataset": "hh"}, {"temperature": 0.7}])
+@pytest.mark.parametrize("changes", [{"dataset": "hh"}, {"temperature": 0.7}, {"max_response_tokens": 9}])
 def test_frontier_refuses_the_limit_of_something_else(changes, runs, tmp_path):
     limit = make_limit(tmp_path / "limit.json", **changes)
-    Path(runs[0], "args.json").write_text(
-        Path(runs[0], "args.json").read_text().replace('"beta"', '"temperature": 1.0, "beta"')
-    )
+    record, settings = Path(runs[0], "args.json"), '"temperature": 1.0, "max_response_tokens": 128, "beta"'
+    record.write_text(record.read_text().replace('"beta"', settings))
     with pytest.raises(UserError, match=f"it has {next(iter(changes))} .*, .*a has"):
         evaluate.frontier(Frontier(tuple(runs[:1]), tmp_path / "f.png", limit=limit))
+
+
+def test_frontier_says_when_the_limit_is_of_other_prompts(tmp_path, capsys):
+    run, limit = make_run(tmp_path / "a", 1, [(0, (0, 1))], eval_prompts=256), tmp_path / "limit.json"
+    for number in (64, 256):
+        evaluate.frontier(Frontier((run,), tmp_path / "f.png", limit=make_limit(limit, eval_prompts=number)))
+        assert ("is of other --eval-prompts than" in capsys.readouterr().out) == (number == 64)
+
+
+def test_the_gold_of_a_limit_is_the_runs(tmp_path):
+    run = make_run(tmp_path / "a", 1, [(0, (0, 1))], gold_fn="mine.py:f")
+    limit = make_limit(tmp_path / "limit.json", gold_fn="other.py:f")
+    evaluate.frontier(Frontier((run,), tmp_path / "f.png", limit=limit))
+    with pytest.raises(UserError, match="it has gold_fn 'other.py:f', .* has 'mine.py:f'"):
+        evaluate.frontier(Frontier((run,), tmp_path / "f.png", limit=limit, reward="gold"))
 
 
 # ------------------------------------------------------------------------------------------- limit, killed and gone on
