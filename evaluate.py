@@ -17,7 +17,7 @@ Shapes: P prompts, N samples to each, T response tokens. Prompts and responses a
     python evaluate.py compare A B --judge-url http://localhost:8000/v1 --judge-model NAME     (key: OPENAI_API_KEY)
     python evaluate.py samples runs/p3o_v2/tiny/tiny tiny --num 4
 
-Policies answer with the noise of a training run's evaluations, so reward and KL of a run are those of its last one.
+Policies answer with the noise of the first run's evaluations, so its reward and KL are those of its last one.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ from huggingface_hub import HfApi, constants
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from tyro.conf import Positional
 
@@ -579,12 +579,13 @@ def first_record(models):
 
 
 def settings_of_run(args):
-    """What the first run of args.models sets: reward and dataset, if another is not given, lengths, temperature."""
-    record = first_record(args.models)
-    names = "dataset subset split chat_template map gold_fn max_prompt_tokens truncate_prompts".split()
-    names += ["max_response_tokens", "temperature"]
+    """What the first run of args.models sets: its task, its noise and its reward, less what belongs to its dataset or
+    reward where another is given."""
+    record, names = first_record(args.models), [*TASK, "seed", "eval_prompts", "dtype", "gold_fn"]
     values = {name: record["args"][name] for name in names if record and name in record["args"]}
     values |= {"map": tuple(values["map"])} if "map" in values else {}
+    if args.dataset not in ("", values.get("dataset")):
+        values = {k: v for k, v in values.items() if k not in ("dataset", "subset", "split", "map", "gold_fn")}
     if record and not args.reward_fn and not args.reward_model:
         values["reward_fn"] = record["args"].get("reward_fn", "")
         embedded = record["args"]["model"] == "tiny" and not record["args"].get("reward_model")
@@ -654,8 +655,8 @@ def answer(args, num, reference=None):
     args.dataset = args.dataset or ("tiny" if base == "tiny" else "hh")
     paths = [find_policy(name) for name in args.models]
     for path in paths:  # before the first answers: is the last one there?
-        options = {"trust_remote_code": args.trust_remote_code}
-        fetch("model", path, "policy", lambda path=path: AutoConfig.from_pretrained(path, **options))  # noqa: B023
+        load = partial(AutoTokenizer.from_pretrained, path, trust_remote_code=args.trust_remote_code)
+        fetch("model", path, "policy", load)  # not its AutoConfig, which an adapter lacks
     if reference is not None:
         start = record["policy"] if record and base != "tiny" else base
         reference_path = find_policy(reference or start)
@@ -692,12 +693,12 @@ def answer(args, num, reference=None):
     return prompt_texts, texts, values, sources | {"dataset": args.dataset}
 
 
-def table(header, rows):
 def plus_minus(mean, se, digits):
     """A mean with its standard error, where there is one."""
     return f"{mean:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
 
 
+def table(header, rows):
     """A markdown table that is a table in the terminal too."""
     rows = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
@@ -1095,7 +1096,7 @@ def compare(args):
             found = torch.tensor([win for win in judged[P * n : P * n + P] if win is not None])
             wins["judge"][i, j], wins["judge"][j, i] = found, 1 - found
     means = [{key: mean_and_se(value) for key, value in found.items()} for found in values]
-    rows = [[i + 1, args.models[i], *(f"{mean:.3f} ± {se:.3f}" for mean, se in means[i].values())] for i in M]
+    rows = [[i + 1, args.models[i], *(plus_minus(*found, 3) for found in means[i].values())] for i in M]
     print("\n" + table(["", "policy", *means[0]], rows))
     matrices = {name: [[win_rate(found[i, j]) for j in M] for i in M] for name, found in wins.items()}
     for name, matrix in matrices.items():
@@ -1151,9 +1152,11 @@ if __name__ == "__main__":
     config = (tyro.conf.FlagCreatePairsOff,)
     args = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__, config=config)
     try:
-        if isinstance(args, Compare | Samples):  # once more, with what the first run sets as the defaults
-            default = type(args)(**settings_of_run(args))
-            args = tyro.cli(type(args), args=sys.argv[2:], default=default, config=config)
+        if isinstance(args, Compare | Samples):  # what is not given is as in the first run
+            given = {word.partition("=")[0].replace("_", "-") for word in sys.argv}
+            for name, value in settings_of_run(args).items():
+                if f"--{name.replace('_', '-')}" not in given:
+                    setattr(args, name, value)
         main(args)
     except (UserError, RunError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if args.debug:
@@ -1161,7 +1164,7 @@ if __name__ == "__main__":
         code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
         hints = []
         if isinstance(args, Limit) and code != 2:
-            hints += ["What was saved is kept: the same command goes on."]
+            hints += [f"What was saved is kept: the same command{' less --overwrite' * args.overwrite} goes on."]
         if isinstance(error, torch.OutOfMemoryError):
             hints += ["Less memory: --micro-batch-size, --sampling-batch-size, --dtype bfloat16"]
         tqdm.write("\n".join([f"{NAME}.py: {error or 'interrupted'}", *hints]), file=sys.stderr)

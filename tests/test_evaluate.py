@@ -321,7 +321,8 @@ def test_limit_uses_the_samples_that_are_there(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
-    run("p3o_v2", "--num-updates", 4, "--eval-every", 2, "--seed", 1, *SMALL, "--output-dir", "run", cwd=folder)
+    options = ["--num-updates", 4, "--eval-every", 2, "--seed", 2, "--truncate-prompts", *SMALL]
+    run("p3o_v2", *options, "--output-dir", "run", cwd=folder)
     return folder
 
 
@@ -331,9 +332,11 @@ def test_frontier_of_a_real_run(real_run):
 
 
 def test_compare(real_run):
-    output = run("evaluate", "compare", "run", "tiny", "run/model", "--eval-prompts", 16, cwd=real_run)
+    """With what is not given as in the run: the answers of its last evaluation."""
+    output = run("evaluate", "compare", "run", "tiny", "run/model", "--truncate-prompts", cwd=real_run)
     found = json.loads((real_run / "runs/compare.json").read_text())
-    assert found["args"]["max_response_tokens"] == 48  # as the run's
+    as_in_the_run = {"max_response_tokens": 48, "seed": 2, "eval_prompts": 16, "truncate_prompts": True}
+    assert as_in_the_run.items() <= found["args"].items()
     last = json.loads((real_run / "run/frontier.jsonl").read_text().splitlines()[-1])
     trained, start, same = found["policies"]
     for key in ("reward", "gold", "kl", "length", "eos_rate", "reward_se"):
@@ -349,12 +352,38 @@ def test_compare(real_run):
 
 
 def test_samples(real_run):
-    output = run("evaluate", "samples", "run", "tiny", "--num", 3, "--eval-prompts", 16, cwd=real_run)
+    output = run("evaluate", "samples", "run", "tiny", "--num", 3, cwd=real_run)
     text = (real_run / "runs/samples.md").read_text()
     assert text.strip() in output and text.count("## Prompt") == 3 and text.count("gold ") == 6
     last = json.loads((real_run / "run/samples.jsonl").read_text().splitlines()[-1])
     assert f"**run**: reward {last['rewards'][0]:.2f}, gold" in text  # the very answers of the last evaluation
     assert " ".join(last["responses"][0].split()) in " ".join(text.split())
+
+
+def test_settings_of_another_dataset_are_not_the_runs(tmp_path):
+    changes = {"dataset": "mine.jsonl", "map": ["prompt=q"], "gold_fn": "mine.py:f", "temperature": 0.7}
+    name = make_run(tmp_path / "a", 3, [(0, (0, 1))], **changes)
+    same = evaluate.settings_of_run(Compare(models=(name,), dataset="mine.jsonl"))
+    assert same["map"] == ("prompt=q",) and same["gold_fn"] == "mine.py:f" and same["seed"] == 3
+    other = evaluate.settings_of_run(Compare(models=(name,), dataset="hh"))
+    assert other["temperature"] == 0.7 and not {"dataset", "map", "gold_fn"} & set(other)
+
+
+def test_compare_on_a_single_prompt(tmp_path):
+    rows = {"train": ["Hi", "Ho"], "test": ["Hello"]}
+    for name, texts in rows.items():
+        lines = [json.dumps({"prompt": f"\n\nHuman: {text}\n\nAssistant:"}) for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    options = ["--dataset", tmp_path, "--max-response-tokens", 8]
+    output = run("evaluate", "compare", "tiny", "tiny", *options, cwd=tmp_path)
+    assert re.search(r"\| 1 +\| tiny +\| -?\d+\.\d+ +\|", output)  # no standard error
+
+
+def test_policy_that_is_an_adapter(tmp_path):
+    run("p3o_v2", "--num-updates", 1, "--lora-rank", 2, *SMALL, "--output-dir", "run", cwd=tmp_path)
+    output = run("evaluate", "samples", "run", "--num", 1, cwd=tmp_path)
+    last = json.loads((tmp_path / "run/samples.jsonl").read_text().splitlines()[-1])
+    assert f"**run**: reward {last['rewards'][0]:.2f}, gold" in output
 
 
 @pytest.mark.parametrize(
