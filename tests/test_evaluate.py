@@ -173,9 +173,10 @@ def test_frontier(runs, tmp_path):
     assert re.search(r"\| limit .* 2.00 .* 5.00 \(too few samples\)", output)
 
 
-def test_frontier_of_gold(runs, tmp_path):
+def test_frontier_of_gold(runs, tmp_path, capsys):
     found = evaluate.frontier(Frontier(tuple(runs[:2]), tmp_path / "f.png", (1.0,), reward="gold"))
     assert found["curves"]["p3o_v2"]["reward_at"]["1"]["reward"] == -1
+    assert re.search(r"-1.\d\d − 1.\d\d·KL", capsys.readouterr().out)  # it falls
 
 
 def test_what_leaves_a_curve_as_it_is_makes_no_other_curve(runs, tmp_path):
@@ -297,6 +298,12 @@ def test_limit_killed_goes_on_to_the_same_numbers(tmp_path, capsys):
     assert "is of other samples, with temperature 1.0 (now 0.7). Pass --overwrite" in refused
 
 
+def test_limit_on_a_full_disk(tmp_path):
+    (tmp_path / "rewards.part").symlink_to("/dev/full")
+    with pytest.raises(evaluate.RunError, match="rewards.pt could not be written"):
+        limit(tmp_path, 32)
+
+
 def test_limit_uses_the_samples_that_are_there(tmp_path, capsys):
     first = limit(tmp_path, 64)
     assert first["curve"][0]["kl"] < 0.01
@@ -364,7 +371,7 @@ def test_settings_of_another_dataset_are_not_the_runs(tmp_path):
     changes = {"dataset": "mine.jsonl", "map": ["prompt=q"], "gold_fn": "mine.py:f", "temperature": 0.7}
     name = make_run(tmp_path / "a", 3, [(0, (0, 1))], **changes)
     same = evaluate.settings_of_run(Compare(models=(name,), dataset="mine.jsonl"))
-    assert same["map"] == ("prompt=q",) and same["gold_fn"] == "mine.py:f" and same["seed"] == 3
+    assert same["map"] == ["prompt=q"] and same["gold_fn"] == "mine.py:f" and same["seed"] == 3
     other = evaluate.settings_of_run(Compare(models=(name,), dataset="hh"))
     assert other["temperature"] == 0.7 and not {"dataset", "map", "gold_fn"} & set(other)
 
