@@ -17,11 +17,10 @@ Shapes: P prompts, N samples to each, T response tokens. Prompts and responses a
     python evaluate.py compare A B --judge-url http://localhost:8000/v1 --judge-model NAME     (key: OPENAI_API_KEY)
     python evaluate.py samples runs/p3o_v2/tiny/tiny tiny --num 4
 
-Policies answer with the noise of a training run's evaluations, so reward and KL of a run are those of its last one.
+Policies answer with the noise of the first run's evaluations, so its reward and KL are those of its last one.
 """
 
 import hashlib
-import http.client
 import json
 import math
 import os
@@ -39,7 +38,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import datasets
 import matplotlib
@@ -54,7 +53,7 @@ from huggingface_hub import HfApi, constants
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from tyro.conf import Positional
 
@@ -67,9 +66,14 @@ PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.m
     "reward_model/tldr": "cleanrl/EleutherAI_pythia-{}-deduped__reward__tldr",
 }
 # Settings of a run that leave its curve as it is: runs that differ in these alone are one curve.
-SAME_CURVE = "seed output_dir overwrite resume save_every device debug micro_batch_size gradient_checkpointing".split()
+SAME_CURVE = "seed output_dir overwrite resume save_every device debug config dry_run track".split()
+SAME_CURVE += ["micro_batch_size", "gradient_checkpointing"]
+# What decides, with the model, the held-out prompts and the distribution of the responses to them.
+TASK = "dataset subset split map chat_template max_prompt_tokens truncate_prompts".split()
+TASK += ["max_response_tokens", "temperature"]
 ROUND = 32  # samples a prompt between two saves of the limit; another number gives other samples
 JUDGES = ("reward", "gold")
+Names = Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="NAME …", help_behavior_hint="")]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # told apart by the colour-blind too
 
 
@@ -110,13 +114,13 @@ def reward_at(points, kappa):
 
 @dataclass
 class Frontier:
-    """Reward over KL of runs, as a picture, a table and numbers."""
+    """Reward over KL of runs, as a picture, a table and numbers; runs that differ in the seed alone are one curve."""
 
-    runs: Positional[tuple[str, ...]] = ()  # run folders; those that differ in nothing but the seed are one curve
-    output: Path = Path("runs/frontier.png")  # file to write; the numbers of a picture go beside it, as .json
+    runs: Names = ()  # run folders; those that differ in nothing but the seed are one curve
+    output: Path = Path("runs/frontier.png")  # file to write; beside a picture go its numbers, as .json
     kls: tuple[float, ...] = (1.0, 2.0, 4.0)  # KLs at which rewards are given, nats a response
     limit: str = ""  # limit.json of the subcommand limit, drawn and compared with
-    reward: Literal["reward", "gold"] = "reward"  # which of the two
+    reward: Literal["reward", "gold"] = "reward"  # which of the two is drawn, where gold, the true one, is known
     debug: bool = False  # show the traceback of a mistake too
 
 
@@ -149,7 +153,7 @@ class Args:
 
 @dataclass
 class Limit(Args):
-    """The best reward that any policy has at each KL, for a reference, a reward and prompts."""
+    """The best reward that any policy has at each KL, for a reference, a reward and the prompts of a dataset."""
 
     model: str = "tiny"  # tiny (embedded), a short name (pythia-14m … pythia-12b), a hub id, or a folder
     num_samples: int = 2048  # samples a prompt, N; more, later, go on from those that are there
@@ -160,12 +164,12 @@ class Limit(Args):
 
 @dataclass
 class Compare(Args):
-    """Win rates of policies against each other. Settings not given, reward and dataset among them, are those of the
-    first run in the list."""
+    """Win rates of policies against each other. Settings not given (reward, dataset, lengths, seed …) are those of the
+    first run among them."""
 
-    models: Positional[tuple[str, ...]] = ()  # run folders, model folders, hub ids, or tiny (the embedded SFT policy)
+    models: Names = ()  # run folders, model folders, hub ids, or tiny (the embedded SFT policy)
     reference: str = ""  # π_ref of the KL, one of the same forms (default: where the first run started, or the first)
-    output: Path = Path("runs/compare.json")  # file to write; the numbers of a picture go beside it, as .json
+    output: Path = Path("runs/compare.json")  # file to write; beside a picture go its numbers, as .json
     judge_url: str = ""  # an OpenAI-compatible server, as http://localhost:8000/v1; its key from OPENAI_API_KEY
     judge_model: str = ""  # name of the judge on that server
     judge_timeout: float = 60.0  # seconds to wait for a reply
@@ -179,9 +183,9 @@ class Compare(Args):
 class Samples(Args):
     """The same prompts answered by several policies side by side. Settings not given are those of the first run."""
 
-    models: Positional[tuple[str, ...]] = ()  # run folders, model folders, hub ids, or tiny (the embedded SFT policy)
+    models: Names = ()  # run folders, model folders, hub ids, or tiny (the embedded SFT policy)
     num: int = 8  # prompts shown, the first ones
-    output: Path = Path("runs/samples.md")  # file to write; the numbers of a picture go beside it, as .json
+    output: Path = Path("runs/samples.md")  # file to write; beside a picture go its numbers, as .json
 
 
 class UserError(Exception):
@@ -542,29 +546,31 @@ def in_batches(function, prompts, responses, batch_size=0):
 
 # ------------------------------------------------------------------------------------------- policies, rewards, prompts
 def check(args):
-    """Raises UserError for a number out of range."""
-    at_least_1 = "eval_prompts max_prompt_tokens max_response_tokens micro_batch_size sampling_batch_size num"
-    lowest = dict.fromkeys(f"{at_least_1} judge_workers".split(), 1) | {"temperature": 0.001, "eval_prompts": 2}
-    lowest |= {"num_samples": 2, "judge_timeout": 0.001}
+    """Settles the device. Raises UserError for a number out of range, a GPU that is not there, several processes."""
+    at_least_1 = "max_prompt_tokens max_response_tokens micro_batch_size sampling_batch_size num judge_workers".split()
+    lowest = dict.fromkeys(at_least_1, 1) | {"eval_prompts": 2, "num_samples": 2}
+    lowest |= {"temperature": 0.001, "judge_timeout": 0.001, "kls": 1e-9, "b_values": 1e-9}
     for name, value in vars(args).items():
-        low = lowest.get(name, 1e-9 if name in ("kls", "b_values") else 0)
-        values = value if isinstance(value, tuple) else [value]
+        low, values = lowest.get(name, 0), value if isinstance(value, tuple) else [value]
         if not all(low <= x < 2**63 for x in values if isinstance(x, int | float)):
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {low:g}.")
-    if getattr(args, "device", "") == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
+    if isinstance(args, Args):
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
+        if PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available()).num_processes > 1:
+            raise UserError("evaluation runs in one process: start it with python.")
 
 
 def read_record(run):
     """args.json of a run's folder. Raises UserError."""
     file = Path(run) / "args.json"
+    if not file.is_file():
+        what = "no run, it has no args.json" if Path(run).is_dir() else "no such folder"
+        raise UserError(f"{run}: {what}; expected the folder of a run, as runs/p3o_v2/tiny/tiny.")
     try:
         record = json.loads(file.read_text())
         record["script"], record["args"]["dataset"], record["args"]["model"], record["args"]["seed"]  # noqa: B018
         return record
-    except FileNotFoundError as error:
-        what = "no run, it has no args.json" if Path(run).is_dir() else "no such folder"
-        raise UserError(f"{run}: {what}; expected the folder of a run, as runs/p3o_v2/tiny/tiny.") from error
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}: {error}).") from error
 
@@ -576,15 +582,16 @@ def first_record(models):
 
 
 def settings_of_run(args):
-    """What the first run of args.models sets: reward and dataset, if another is not given, lengths, temperature."""
-    record = first_record(args.models)
-    names = "dataset subset split chat_template map gold_fn max_prompt_tokens truncate_prompts".split()
-    names += ["max_response_tokens", "temperature"]
-    values = {name: record["args"][name] for name in names if record and name in record["args"]}
-    values |= {"map": tuple(values["map"])} if "map" in values else {}
-    if record and not args.reward_fn and not args.reward_model:
-        values["reward_fn"] = record["args"].get("reward_fn", "")
-        embedded = record["args"]["model"] == "tiny" and not record["args"].get("reward_model")
+    """What the first run of args.models sets, less what belongs to its dataset or reward where another is given."""
+    if not (record := first_record(args.models)):
+        return {}
+    settings, names = record["args"], {*TASK, "seed", "eval_prompts", "dtype", "gold_fn"}
+    if args.dataset not in ("", settings["dataset"]):
+        names -= {"dataset", "subset", "split", "map", "gold_fn"}
+    values = {name: settings[name] for name in names if name in settings}
+    if not args.reward_fn and not args.reward_model:
+        values["reward_fn"] = settings.get("reward_fn", "")
+        embedded = settings["model"] == "tiny" and not settings.get("reward_model")
         values["reward_model"] = "" if values["reward_fn"] or embedded else record.get("reward") or ""
     return values
 
@@ -634,25 +641,17 @@ def load_judges(args, model, tokenizer, device, needed=True):
     return judges, {"reward": path, "gold": gold_fn}, reward_model
 
 
-def set_up_device(args):
-    """The device; evaluation is the work of one process. Raises UserError."""
-    cpu = args.device == "cpu" or not torch.cuda.is_available()
-    if PartialState(cpu=cpu).num_processes > 1:
-        raise UserError("evaluation runs in one process: start it with python.")
-    return torch.device("cpu" if cpu else "cuda")
-
-
 def answer(args, num, reference=None):
     """The first `num` held-out prompts answered by each of args.models, with the noise of a training run's evaluations.
     Returns the texts of P prompts, [texts of P responses] of each policy, [{"reward", "gold", "length", …: [P]}] of
     each, where rewards are from. With a `reference`, "" for where the first run started, "kl" too. Raises UserError."""
-    device, record = set_up_device(args), first_record(args.models)
+    device, record = PartialState().device, first_record(args.models)
     base = record["args"]["model"] if record else args.models[0]
     args.dataset = args.dataset or ("tiny" if base == "tiny" else "hh")
     paths = [find_policy(name) for name in args.models]
     for path in paths:  # before the first answers: is the last one there?
         options = {"trust_remote_code": args.trust_remote_code}
-        fetch("model", path, "policy", AutoConfig.from_pretrained, **options)
+        fetch("model", path, "policy", AutoTokenizer.from_pretrained, **options)  # an adapter lacks an AutoConfig
     if reference is not None:
         start = record["policy"] if record and base != "tiny" else base
         reference_path = find_policy(reference or start)
@@ -665,11 +664,9 @@ def answer(args, num, reference=None):
         if i == 0:
             needed = not getattr(args, "judge_url", "")
             judges, sources, _ = load_judges(args, base, tokenizer, device, needed)
-            prompts = load_prompts(tokenizer, args)[1]
-            vocabulary = tokenizer.get_vocab()
-            generator = torch.Generator().manual_seed(args.seed)
+            prompts, vocabulary = load_prompts(tokenizer, args)[1], tokenizer.get_vocab()
             size = (2, len(prompts), args.max_response_tokens)  # a run's first half is for its SFT policy
-            noise = torch.rand(size, dtype=torch.float64, generator=generator)[1][:num]
+            noise = torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(args.seed))[1][:num]
             prompts, texts, values = prompts[: len(noise)], [], []
         if tokenizer.get_vocab() != vocabulary:
             raise UserError(f"{path}: its tokens are not those of {paths[0]}; only like can be compared.")
@@ -682,11 +679,15 @@ def answer(args, num, reference=None):
         if reference:
             token_kl = partial(response_kl, policy, reference, temperature=args.temperature)
             values[i]["kl"] = in_batches(token_kl, prompts, responses, args.micro_batch_size)[:, 0]
-        prompt_texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        whole = [torch.cat(row) for row in zip(prompts, responses)]
-        whole = tokenizer.batch_decode(whole, skip_special_tokens=True)
+        decode = partial(tokenizer.batch_decode, skip_special_tokens=True)
+        prompt_texts, whole = decode(prompts), decode([torch.cat(row) for row in zip(prompts, responses)])
         texts.append([y[len(x) :] for x, y in zip(prompt_texts, whole)])
     return prompt_texts, texts, values, sources | {"dataset": args.dataset}
+
+
+def plus_minus(mean, se, digits):
+    """A mean with its standard error, where there is one."""
+    return f"{mean:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
 
 
 def table(header, rows):
@@ -698,14 +699,11 @@ def table(header, rows):
 
 
 def write(file, text):
-    """A file, whole or not at all. Raises UserError."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(text)
-        part.rename(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written ({error}).") from error
+    """A file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(text)
+    part.rename(file)
 
 
 # ------------------------------------------------------------------------------------------------------------- frontier
@@ -716,13 +714,13 @@ def read_run(folder, key):
         raise UserError(f"{folder}: the run has no frontier.jsonl, so it evaluated nothing yet or is of another kind.")
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
-            point = json.loads(line)
-            wrong = [k for k in ("step", "kl", key) if not math.isfinite(point.get(k, math.nan))]
+            points.append(json.loads(line))
+            wrong = [k for k in ("step", "kl", key) if not math.isfinite(points[-1].get(k, math.nan))]
         except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{file}: line {number} is no point of a frontier ({error}).") from error
         if wrong:
-            raise UserError(f"{file}: line {number} has no number for {', '.join(wrong)}; found {', '.join(point)}.")
-        points.append(point)
+            found = ", ".join(points[-1])
+            raise UserError(f"{file}: line {number} has no number for {', '.join(wrong)}; found {found}.")
     if not points:
         raise UserError(f"{file} is empty: the run evaluated nothing yet.")
     return record, points
@@ -738,21 +736,20 @@ def group_runs(runs, key):
             wanted["gold_fn"], found["gold_fn"] = (r["args"].get("gold_fn") for r in (first, record))
         if differing := [f"{k} {found[k]!r}, not {wanted[k]!r}" for k in found if found[k] != wanted[k]]:
             raise UserError(f"{other} cannot be drawn with {folder}: it has {' and '.join(differing)}.")
-    groups, settings = defaultdict(list), {}
+    groups = defaultdict(list)  # by their settings
     for folder, record, points in runs:
-        kept = {"script": record["script"], **{k: v for k, v in record["args"].items() if k not in SAME_CURVE}}
-        curve = json.dumps(kept, sort_keys=True)
-        if any(record["args"]["seed"] == seed for seed, _ in groups[curve]):
+        kept = {k: v for k, v in record["args"].items() if k not in SAME_CURVE} | {"script": record["script"]}
+        group = groups[json.dumps(kept, sort_keys=True)]
+        if record["args"]["seed"] in [seed for seed, _ in group]:
             raise UserError(f"{folder}: another of the runs has the same settings and the same seed.")
-        groups[curve].append((record["args"]["seed"], points))
-        settings[curve] = kept
-    labels = {}
-    for curve, kept in settings.items():
-        siblings = [other for other in settings.values() if other["script"] == kept["script"]]
+        group.append((record["args"]["seed"], points))
+    curves, settings = {}, [json.loads(text) for text in groups]
+    for kept, group in zip(settings, groups.values()):
+        siblings = [other for other in settings if other["script"] == kept["script"]]
         differing = [k for k in set().union(*siblings) if any(other.get(k) != kept.get(k) for other in siblings)]
         flags = [f"--{k.replace('_', '-')} {kept.get(k)}" for k in sorted(differing)]
-        labels[curve] = " ".join([kept["script"], *flags])
-    return {labels[curve]: sorted(group, key=lambda run: run[0]) for curve, group in groups.items()}
+        curves[" ".join([kept["script"], *flags])] = sorted(group, key=lambda run: run[0])
+    return curves
 
 
 def mean_and_se(values):
@@ -772,12 +769,12 @@ def curve_numbers(group, key, kls):
             kl_se, reward_se = points[0].get("kl_se"), points[0].get(f"{key}_se")
         path.append({"step": step, "kl": kl, "kl_se": kl_se, "reward": reward, "reward_se": reward_se})
     paths = [[(point["kl"], point[key]) for point in points] for _, points in group]
-    largest = [max(kl for kl, _ in points) for points in paths]
+    largest = min(max(kl for kl, _ in points) for points in paths)
     rewards = {}
     for kappa in kls:
-        reward, reward_se = mean_and_se([reward_at(points, kappa) for points in paths])
-        reached = {"reached": min(largest) >= kappa, "largest_kl": min(largest)}
-        rewards[f"{kappa:g}"] = {"reward": reward if math.isfinite(reward) else None, "reward_se": reward_se, **reached}
+        reward, se = mean_and_se([reward_at(points, kappa) for points in paths])
+        reward, se = (None, None) if math.isnan(reward) else (reward, se)  # a seed was never at this KL or below
+        rewards[f"{kappa:g}"] = {"reward": reward, "reward_se": se, "reached": largest >= kappa, "largest_kl": largest}
     x, y = np.array([point for points in paths for point in points]).T
     fit = None
     if np.ptp(x) > 0:
@@ -786,21 +783,25 @@ def curve_numbers(group, key, kls):
     return {"seeds": [seed for seed, _ in group], "path": path, "reward_at": rewards, "fit": fit}
 
 
-def read_limit(file, runs):
-    """limit.json, if it is of the runs' dataset, reward, model and temperature. Raises UserError."""
+def read_limit(file, runs, key):
+    """limit.json, the reference as its first point, if it is of the runs' model, task, reward. Raises UserError."""
     try:
         limit = json.loads(Path(file).read_text())
         found = limit["args"] | {"reward": reward_of(limit), "model": limit["base_name"]}
         reference = {name: limit[f"ref_{name}"] for name in JUDGES if name in limit["curve"][0]}
         limit["curve"].insert(0, {"kl": 0.0, "trusted": True, **reference})
-        limit["best_of_n"][0]["kl"]  # noqa: B018
+        limit["best_of_n"][0]["kl"], limit["num_samples"]  # noqa: B018
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"--limit {file}: it is no limit.json ({type(error).__name__}: {error}).") from error
     for folder, record, _ in runs:
         wanted = record["args"] | {"reward": reward_of(record), "model": record.get("base_name")}
-        for key in ("dataset", "reward", "model", "temperature"):
-            if found[key] != wanted.get(key, found[key]):
-                raise UserError(f"--limit {file}: it has {key} {found[key]!r}, {folder} has {wanted[key]!r}.")
+        for name in ("model", "reward", *TASK, *(["gold_fn"] if key == "gold" else [])):
+            if name in found and found[name] != wanted.get(name, found[name]):
+                raise UserError(f"--limit {file}: it has {name} {found[name]!r}, {folder} has {wanted[name]!r}.")
+        if found.get("eval_prompts") != wanted.get("eval_prompts"):
+            print(f"note: --limit {file} is of other --eval-prompts than {folder}, so they differ by chance too")
+    if key not in reference:
+        raise UserError(f"--limit {file}: it has no {key}.")
     return limit
 
 
@@ -812,14 +813,12 @@ def draw(file, title, key, curves, limit):
         best = [row for row in limit["best_of_n"] if row["kl"] <= largest]
         kl, reward = (np.array([row[k] for row in limit["curve"]]) for k in ("kl", key))
         grid = np.linspace(0, min(largest, kl[-1]), 200)
-        trusted = grid <= max(row["kl"] for row in limit["curve"] if row["trusted"])
+        trusted = max(row["kl"] for row in limit["curve"] if row["trusted"])
         what = "limit: no policy has more reward at this KL" if key == "reward" else "gold at the limit of the reward"
         labels = f"{what} ({limit['num_samples']:,} samples a prompt)", "the same, from too few samples: too low"
-        beyond = ~trusted | np.append(~trusted[1:], False)  # from where the other ends
-        for part, style, label in zip((trusted, beyond), ("-", ":"), labels):
-            if part.any():
-                x, y = grid[part], np.interp(grid[part], kl, reward)
-                axes.plot(x, y, style, color="0.55", linewidth=2.5, label=label)
+        for part, style, label in zip((grid[grid <= trusted], grid[grid > trusted]), ("-", ":"), labels):
+            if len(part):
+                axes.plot(part, np.interp(part, kl, reward), style, color="0.55", linewidth=2.5, label=label)
         points = zip(*[(row["kl"], row[key]) for row in best])
         axes.plot(*points, "k--x", linewidth=1, label="best of n samples of the reference, KL at most log n − (n−1)/n")
         for row in best[1:]:
@@ -830,10 +829,8 @@ def draw(file, title, key, curves, limit):
         style = {"color": colour, "linestyle": ("-", "--", "-.")[i // len(COLOURS) % 3]}
         axes.plot(kl, reward, "o", markersize=4, **style, label=f"{label} ({seeds} seed{'s' * (seeds > 1)})")
         axes.fill_between(kl, reward - se, reward + se, color=colour, alpha=0.2, linewidth=0)
-    axes.set_xlim(0, largest)
+    axes.set(xlim=(0, largest), title=title, ylabel=f"{key}, mean over held-out prompts")
     axes.set_xlabel("KL(π‖π_ref), nats a response: how far the policy has moved from where it started")
-    axes.set_ylabel(f"{key}, mean over held-out prompts")
-    axes.set_title(title)
     axes.grid(alpha=0.25)
     axes.legend(loc="best", fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -848,36 +845,33 @@ def frontier(args):
         raise UserError("frontier: expected the folder of a run, as runs/p3o_v2/tiny/tiny.")
     if args.output.suffix != ".png":
         raise UserError(f"--output {args.output}: expected a name that ends in .png.")
-    key, runs = args.reward, [(run, *read_run(run, args.reward)) for run in folders]
-    curves = {label: curve_numbers(group, key, args.kls) for label, group in group_runs(runs, key).items()}
-    bound, rows = read_limit(args.limit, runs) if args.limit else None, []
-    if bound and key not in bound["curve"][0]:
-        raise UserError(f"--limit {args.limit}: it has no {key}.")
+    key, kls, runs = args.reward, [*dict.fromkeys(args.kls)], [(run, *read_run(run, args.reward)) for run in folders]
+    curves = {label: curve_numbers(group, key, kls) for label, group in group_runs(runs, key).items()}
+    bound, rows = read_limit(args.limit, runs, key) if args.limit else None, []
     for label, curve in curves.items():
         cells = [label, len(curve["seeds"])]
         for kappa, found in curve["reward_at"].items():
-            se = "" if found["reward_se"] is None else f" ± {found['reward_se']:.2f}"
             reached = "" if found["reached"] else f" (KL ≤ {found['largest_kl']:.2f})"
-            cells.append("none" if found["reward"] is None else f"{found['reward']:.2f}{se}{reached}")
-            if bound and key == "reward" and found["reward"] is not None:
+            none = found["reward"] is None
+            cells.append("none" if none else plus_minus(found["reward"], found["reward_se"], 2) + reached)
+            if bound and key == "reward" and not none:
                 best = np.interp(float(kappa), *([row[k] for row in bound["curve"]] for k in ("kl", "reward")))
                 found["limit"], gain = best.item(), best.item() - bound["ref_reward"]
                 found["share"] = (found["reward"] - bound["ref_reward"]) / gain if gain > 0 else None
                 cells[-1] += f", {found['share']:.0%}" if gain > 0 else ""
-        fit = curve["fit"]
-        rows.append([*cells, f"{fit['a']:.2f} + {fit['b']:.2f}·KL, R² {fit['r2']:.2f}" if fit else "none"])
+        fit, line = curve["fit"], "{:.2f} {} {:.2f}·KL, R² {:.2f}".format
+        rows.append([*cells, line(fit["a"], "+−"[fit["b"] < 0], abs(fit["b"]), fit["r2"]) if fit else "none"])
     for name, points in (("limit", bound["curve"]), ("best of n", bound["best_of_n"])) if bound else ():
         x, y = ([row[k] for row in points] for k in ("kl", key))
         trusted = max([row["kl"] for row in points if row.get("trusted", True)], default=0)
-        at = [f"{np.interp(k, x, y):.2f}{'' if k <= trusted else ' (too few samples)'}" for k in args.kls]
+        at = [f"{np.interp(k, x, y):.2f}{'' if k <= trusted else ' (too few samples)'}" for k in kls]
         rows.append([name, "", *at, ""])
     dataset, models = runs[0][1]["args"]["dataset"], ", ".join(sorted({str(r[1].get("base_name")) for r in runs}))
     title = f"{key.capitalize()} and KL while training: dataset {short_name(dataset)}, model {models}"
-    several = any(len(curve["seeds"]) > 1 for curve in curves.values())
-    note = "bands: ± a standard error over " + ("seeds (of a single one: over prompts)" if several else "prompts")
-    draw(args.output, f"{title}\n{note}", key, curves, bound)
+    bands = "bands: ± a standard error over seeds; of a single one, over prompts"
+    draw(args.output, f"{title}\n{bands}", key, curves, bound)
     share = ", share of the limit's gain" if bound and key == "reward" else ""
-    print(table(["curve", "seeds", *(f"{key} at KL ≤ {k:g}{share}" for k in args.kls), "linear fit"], rows))
+    print(table(["curve", "seeds", *(f"{key} at KL ≤ {k:g}{share}" for k in kls), "linear fit"], rows))
     result = {"reward": key, "dataset": dataset, "models": models, "curves": curves}
     result |= {"limit": bound and {k: bound[k] for k in ("ref_reward", "num_samples", "curve", "best_of_n")}}
     write(args.output.with_suffix(".json"), json.dumps(result, indent=1))
@@ -886,28 +880,69 @@ def frontier(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------- limit
-def open_samples(file, inputs, overwrite):
-    """{"reward", maybe "gold": [P, n]} of the samples so far, if they are of the same inputs. Raises UserError."""
-    if not file.is_file() or overwrite:
-        return {}
-    try:
-        saved = torch.load(file)
-        before, values = saved["inputs"], saved["values"]
-    except Exception as error:
-        wrong = f"is damaged ({type(error).__name__}: {error})"
-        raise UserError(f"{file} {wrong}. Pass --overwrite to sample anew, or another --output-dir.") from error
-    if changed := [f"{k} {before.get(k)!r} (now {inputs[k]!r})" for k in inputs if before.get(k) != inputs[k]]:
-        wrong = f"is of other samples, with {', '.join(changed)}"
-        raise UserError(f"{file} {wrong}. Pass --overwrite to replace them, or another --output-dir.")
-    return values
+def draw_samples(args, file, inputs, sample, prompts, judges):
+    """{"reward", maybe "gold": [P, N]} of --num-samples samples a prompt: those of the file, if they are of the same
+    inputs, and then new ones, saved after each round. Raises UserError or, once it samples, RunError."""
+    values, wrong = {}, ""
+    if file.is_file() and not args.overwrite:
+        try:
+            before, values = (torch.load(file)[key] for key in ("inputs", "values"))
+            changed = [f"{k} {before.get(k)!r} (now {inputs[k]!r})" for k in inputs if before.get(k) != inputs[k]]
+            wrong = f"is of other samples, with {', '.join(changed)}" if changed else ""
+        except Exception as error:
+            wrong = f"is damaged ({type(error).__name__}: {error})"
+    if wrong:
+        raise UserError(f"{file} {wrong}. Pass --overwrite to sample anew, or another --output-dir.")
+    done = values["reward"].shape[1] if values else 0
+    if done:
+        print(f"samples       {done:,} a prompt made before")
+    rounds = range(done // ROUND, math.ceil(args.num_samples / ROUND))
+    fours = [x for x in prompts for _ in range(ROUND // 4)]  # scored four to a row: measured to be fastest
+    for number in tqdm(rounds, desc="limit", unit=f"x {ROUND * len(prompts):,} samples", disable=not rounds):
+        generator = torch.Generator().manual_seed(args.seed + 1_000_003 * (number + 1))
+        noise = torch.rand(len(prompts) * ROUND, args.max_response_tokens, dtype=torch.float64, generator=generator)
+        responses = [y for y, _ in in_batches(sample, prompts, noise, args.sampling_batch_size)]
+        for name, judge in judges.items():
+            new = judge(fours, responses).view(len(prompts), ROUND)
+            values[name] = torch.cat([values[name], new], 1) if name in values else new
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"inputs": inputs, "values": values}, file.with_suffix(".part"))
+            file.with_suffix(".part").rename(file)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's, where the disk is full
+            raise RunError(f"{file} could not be written ({error!s:.80}).") from error
+    return {name: value[:, : args.num_samples].double() for name, value in values.items()}
+
+
+def limit_numbers(values, b_values):
+    """From the values [P, N] of the samples, what limit.json has of them, and the curve at a few KLs to be shown."""
+    rewards, N = values["reward"], values["reward"].shape[1]
+    spread = rewards.std(1).mean().item() or 1.0
+    temperatures = sorted(b_values or (spread * 10 ** np.linspace(2, -2, 121)).tolist(), reverse=True)
+    curve = {k: v.tolist() for k, v in limit_curve(rewards, temperatures, values.get("gold")).items()}
+    halves = limit_curve(rewards[:, : N // 2 * 2].reshape(-1, N // 2), temperatures)  # both, each as if it were all
+
+    def judged(row):  # trusted or not, and the bias that half of the samples have more, at equal KL
+        inside = row["kl"] <= halves["kl"][-1]
+        more = row["reward"] - np.interp(row["kl"], halves["kl"], halves["reward"]) if inside else None
+        return row | {"trusted": row["ess"] >= 50 and row["kl"] < math.log(N) - 4.5, "more_than_half": more}
+
+    rows = [judged({"b": b, **dict(zip(curve, row))}) for b, *row in zip(temperatures, *curve.values())]
+    shown = [k for k in (0.25, 0.5, 1, 2, 3, 4, 5, 6) if curve["kl"][0] <= k <= curve["kl"][-1]]
+    shown = [judged({name: np.interp(k, curve["kl"], curve[name]) for name in curve}) for k in shown]
+    best = []
+    for n in (2**k for k in range(N.bit_length()) if 4 * 2**k <= max(N, 4)):
+        found = {name: best_of_n(rewards, n, value) for name, value in values.items()}
+        best.append({"n": n, "kl": math.log(n) - (n - 1) / n, **found})
+    means = {f"ref_{name}": value.mean().item() for name, value in values.items()}
+    return {"num_samples": N, **means, "curve": rows, "best_of_n": best}, shown
 
 
 def limit(args):
     """The subcommand. Returns what it writes."""
-    device = set_up_device(args)
+    device = PartialState().device
     args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
-    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
-        args.model = f"EleutherAI/{args.model}"
+    args.model = args.model if args.model == "tiny" else find_policy(args.model)
     policy_path = find_stage("sft", args.model, args.dataset) or args.model
     reference = load_model(AutoModelForCausalLM, policy_path, "--model", device, args)
     tokenizer, end_ids = load_tokenizer(policy_path, reference, args)
@@ -918,72 +953,34 @@ def limit(args):
     folder = Path(args.output_dir or f"runs/limit/{short_name(args.dataset)}/{base}")
     print(f"folder        {folder} (--output-dir changes it)")
 
-    # ------------------------------------------------------------------------- samples, saved after each round
     record = {"args": json.loads(json.dumps(asdict(args))), "base_name": base, "policy": policy_path}
     record |= {"script": "limit", **sources, "num_prompts": len(prompts)}
     inputs = {k: record["args"][k] for k in ("seed", "temperature", "max_response_tokens", "dtype")}
-    parts = {"reference": (policy_path, reference), "reward": (sources["reward"], reward_model)}
-    parts |= {"prompts": (args.dataset, None), "gold": (sources["gold"], None)}
-    for name, (path, model) in parts.items():
-        tensors = prompts if name == "prompts" else model.state_dict().values() if model else ()
-        script = Path(path.rpartition(":")[0])
-        tensors = tensors or [torch.frombuffer(bytearray(script.read_bytes()), dtype=torch.uint8)] if path else ()
+    inputs["prompts"] = f"{short_name(args.dataset)} {fingerprint(prompts)}"
+    models = {"reference": reference, "reward": reward_model, "gold": None}
+    for name, path in {"reference": policy_path, **sources}.items():
+        if models[name]:
+            tensors = models[name].state_dict().values()
+        elif path:  # FILE.py:f
+            tensors = [torch.tensor([*Path(path.rpartition(":")[0]).read_bytes()], dtype=torch.uint8)]
         inputs[name] = f"{short_name(path)} {fingerprint(tensors)}" if path else ""
-    values = open_samples(folder / "rewards.pt", inputs, args.overwrite)
-    done = values["reward"].shape[1] if values else 0
-    if done:
-        print(f"samples       {done:,} a prompt made before")
-    rounds = range(done // ROUND, math.ceil(args.num_samples / ROUND))
     sample = partial(sample_responses, reference, temperature=args.temperature, end_ids=end_ids)
-    for number in tqdm(rounds, desc="limit", unit=f"x {ROUND * len(prompts):,} samples", disable=not rounds):
-        generator = torch.Generator().manual_seed(args.seed + 1_000_003 * (number + 1))
-        size = (len(prompts) * ROUND, args.max_response_tokens)
-        noise = torch.rand(size, dtype=torch.float64, generator=generator)
-        responses = [y for y, _ in in_batches(sample, prompts, noise, args.sampling_batch_size)]
-        fours = [x for x in prompts for _ in range(ROUND // 4)]  # scored four to a row: measured to be fastest
-        for name, judge in judges.items():
-            new = judge(fours, responses).view(len(prompts), ROUND)
-            values[name] = torch.cat([values[name], new], 1) if name in values else new
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save({"inputs": inputs, "values": values}, folder / "rewards.part")
-            (folder / "rewards.part").rename(folder / "rewards.pt")
-        except OSError as error:
-            raise RunError(f"{folder}/rewards.pt could not be written ({error}).") from error
+    values = draw_samples(args, folder / "rewards.pt", inputs, sample, prompts, judges)
+    found, shown = limit_numbers(values, args.b_values)
+    write(folder / "limit.json", json.dumps(record | found, indent=1))
 
-    # ------------------------------------------------------------------------- curves
-    N = args.num_samples
-    rewards, gold = (values[k][:, :N] if k in values else None for k in ("reward", "gold"))
-    spread = rewards.double().std(1).mean().item() or 1.0
-    temperatures = sorted(args.b_values or (spread * 10 ** np.linspace(2, -2, 121)).tolist(), reverse=True)
-    curve = {"b": temperatures, **{k: v.tolist() for k, v in limit_curve(rewards, temperatures, gold).items()}}
-    halves = limit_curve(rewards[:, : N // 2 * 2].reshape(-1, N // 2), temperatures)  # both, each as if it were all
-    rows = [dict(zip(curve, row)) for row in zip(*curve.values())]
-    for row in rows:
-        row["trusted"] = row["ess"] >= 50 and row["kl"] < math.log(N) - 4.5
-        inside = row["kl"] <= halves["kl"][-1]
-        half = np.interp(row["kl"], halves["kl"], halves["reward"])
-        row["more_than_half"] = row["reward"] - half if inside else None  # at equal KL
-    means = {f"ref_{k}": v.double().mean().item() for k, v in (("reward", rewards), ("gold", gold)) if v is not None}
-    best = []
-    for n in (2**k for k in range(N.bit_length()) if 4 * 2**k <= max(N, 4)):
-        best.append({"n": n, "kl": math.log(n) - (n - 1) / n, "reward": best_of_n(rewards, n, rewards)})
-        best[-1] |= {"gold": best_of_n(rewards, n, gold)} if gold is not None else {}
-    result = record | {"num_samples": N, **means, "curve": rows, "best_of_n": best}
-    write(folder / "limit.json", json.dumps(result, indent=1))
-
-    trusted = max([row["kl"] for row in rows if row["trusted"]], default=0.0)
-    shown = [["reference", *(f"{means[f'ref_{k}']:.3f}" for k in judges), "", ""]]
-    for kappa in (k for k in (0.25, 0.5, 1, 2, 3, 4, 5, 6) if curve["kl"][0] <= k <= curve["kl"][-1]):
-        numbers = [np.interp(kappa, curve["kl"], curve[k]) for k in (*judges, "ess")]
-        change = numbers[0] - np.interp(kappa, halves["kl"], halves["reward"])
-        change = f"{change:+.3f}" if kappa <= halves["kl"][-1] else ""
-        note = "" if kappa <= trusted else " (too few samples)"
-        shown.append([f"KL {kappa:g}{note}", *(f"{x:.3f}" for x in numbers[:-1]), f"{numbers[-1]:.0f}", change])
-    shown += [[f"best of {r['n']} (KL ≤ {r['kl']:.2f})", *(f"{r[k]:.3f}" for k in judges), "", ""] for r in best[1:]]
-    print(table(["limit", *judges, "effective samples", "more than with N/2"], shown))
-    print(f"\nN = {N:,} samples to each of {len(prompts)} prompts; trusted up to KL {trusted:.2f}. {folder}/limit.json")
-    return result
+    trusted = max([row["kl"] for row in found["curve"] if row["trusted"]], default=0.0)
+    rows = [["reference", *(f"{found[f'ref_{name}']:.3f}" for name in judges), "", ""]]
+    for row in shown:
+        note = "" if row["kl"] <= trusted else " (too few samples)"
+        more = "" if row["more_than_half"] is None else f"{row['more_than_half']:+.3f}"
+        rows.append([f"KL {row['kl']:g}{note}", *(f"{row[name]:.3f}" for name in judges), f"{row['ess']:.0f}", more])
+    for row in found["best_of_n"][1:]:
+        rows.append([f"best of {row['n']} (KL ≤ {row['kl']:.2f})", *(f"{row[name]:.3f}" for name in judges), "", ""])
+    print(table(["limit", *judges, "effective samples", "more than with N/2"], rows))
+    print(f"\nN = {args.num_samples:,} samples to each of {len(prompts)} prompts", end="; ")
+    print(f"trusted up to KL {trusted:.2f}. {folder}/limit.json")
+    return record | found
 
 
 # -------------------------------------------------------------------------------------------------- compare and samples
@@ -996,27 +993,35 @@ def read_verdict(reply):
     return {"a": 1.0, "b": 0.0, "tie": 0.5}[match[1]]
 
 
-def judge_wins(args, rows):
-    """Wins of the first answer of each (prompt, answer, other answer): 1, ½ or 0, the mean over both orders of asking,
-    None where one stays without a verdict. Equal answers tie unasked. Prints how many are unjudged."""
-    url, cache, lock, failures = f"{args.judge_url.rstrip('/')}/chat/completions", {}, threading.Lock(), []
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
-    try:
-        args.judge_cache.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(args.judge_cache, "a+", errors="replace")
-        stream.seek(0)
-        saved = stream.read()
-    except OSError as error:
-        raise UserError(f"--judge-cache {args.judge_cache}: it cannot be written ({error}).") from error
-    for line in saved.splitlines():
+def read_cache(file):
+    """{key: win} of a judge's replies so far."""
+    cache = {}
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
         with suppress(ValueError, LookupError, TypeError, AttributeError):  # of a line that was cut
             row = json.loads(line)
             cache[row["key"]] = read_verdict(row["reply"])
-    stream.write("" if saved.endswith("\n") or not saved else "\n")
+    return cache
 
-    def ask(row):
+
+def ask_judge(args, url, body):
+    """The reply of an OpenAI-compatible server."""
+    headers, key = {"Content-Type": "application/json"}, os.environ.get("OPENAI_API_KEY")
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=args.judge_timeout) as response:
+        return json.loads(response.read())["choices"][0]["message"]["content"]
+
+
+def judge_wins(args, rows):
+    """Wins of the first answer of each (prompt, answer, other answer): 1, ½ or 0, the mean over both orders of asking,
+    None where one stays without a verdict. Equal answers tie unasked. Prints how many are unjudged."""
+    url, lock, failures = f"{args.judge_url.rstrip('/')}/chat/completions", threading.Lock(), []
+    cache = read_cache(args.judge_cache)
+    args.judge_cache.parent.mkdir(parents=True, exist_ok=True)
+    stream = open(args.judge_cache, "a", buffering=1)  # a line at a time
+    stream.write("\n" if stream.tell() else "")  # the last line may have been cut
+
+    def win(row):
         if row[1] == row[2]:
             return 0.5
         prompt, a, b = (text.strip() for text in row)
@@ -1024,31 +1029,27 @@ def judge_wins(args, rows):
         text += f"[Answer A]\n{a}\n\n[Answer B]\n{b}\n\nReply with one word: A, B or tie."
         body = {"model": args.judge_model, "messages": [{"role": "user", "content": text}], "temperature": 0}
         key = hashlib.sha256(json.dumps([url, body["model"], body["messages"]]).encode()).hexdigest()
-        if key in cache:
-            return cache[key]
         body |= {"max_tokens": args.judge_max_tokens} if args.judge_max_tokens else {}
-        for attempt in range(args.judge_retries + 1):
+        for attempt in range(0 if key in cache else args.judge_retries + 1):
             time.sleep(min(0.25 * 2**attempt, 8) if attempt else 0)
             try:
-                request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-                with urllib.request.urlopen(request, timeout=args.judge_timeout) as response:
-                    reply = json.loads(response.read())["choices"][0]["message"]["content"]
-                win = read_verdict(reply)
+                reply = ask_judge(args, url, body)
                 with lock:
-                    cache[key] = win
+                    cache[key] = read_verdict(reply)
                     stream.write(json.dumps({"key": key, "reply": reply}) + "\n")
-                    stream.flush()
-                return win
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+                break
+            except Exception as error:  # a server does wrong what it likes
                 reason = f"{type(error).__name__}: {error}"
-        failures.append(reason)
+        if key not in cache:
+            failures.append(reason)
+        return cache.get(key)
 
     orders = [order for x, a, b in rows for order in ((x, a, b), (x, b, a))]
     with stream, ThreadPoolExecutor(args.judge_workers) as pool:
-        found = list(tqdm(pool.map(ask, orders), total=len(orders), desc="judge", unit="reply"))
+        found = list(tqdm(pool.map(win, orders), total=len(orders), desc="judge", unit="reply"))
     wins = [None if None in (a, b) else (a + 1 - b) / 2 for a, b in zip(found[::2], found[1::2])]
-    print(f"judge         {len(wins):,} pairs, {wins.count(None):,} unjudged", end="")
-    print(f" (the last because of {failures[-1]})" if failures else "")
+    why = f" (the last because of {failures[-1]})" if failures else ""
+    print(f"judge         {len(wins):,} pairs, {wins.count(None):,} unjudged{why}")
     return wins
 
 
@@ -1069,10 +1070,8 @@ def compare(args):
     if args.judge_url and (not re.match("https?://", args.judge_url) or not args.judge_model):
         raise UserError("--judge-url: expected http://… or https://…, and the judge's name in --judge-model.")
     prompts, texts, values, sources = answer(args, args.eval_prompts, args.reference)
-    M, P, wins = range(len(texts)), len(prompts), {}
-    for name in JUDGES:
-        if name in values[0]:
-            wins[name] = {(i, j): (values[i][name] - values[j][name]).sign() / 2 + 0.5 for i in M for j in M}
+    M, P, names = range(len(texts)), len(prompts), [name for name in JUDGES if name in values[0]]
+    wins = {k: {(i, j): (values[i][k] - values[j][k]).sign() / 2 + 0.5 for i in M for j in M} for k in names}
     if args.judge_url:
         pairs, wins["judge"] = list(combinations(M, 2)), {(i, i): torch.full((P,), 0.5) for i in M}
         judged = judge_wins(args, [row for i, j in pairs for row in zip(prompts, texts[i], texts[j])])
@@ -1080,19 +1079,17 @@ def compare(args):
             found = torch.tensor([win for win in judged[P * n : P * n + P] if win is not None])
             wins["judge"][i, j], wins["judge"][j, i] = found, 1 - found
     means = [{key: mean_and_se(value) for key, value in found.items()} for found in values]
-    rows = [[i + 1, args.models[i], *(f"{mean:.3f} ± {se:.3f}" for mean, se in means[i].values())] for i in M]
+    rows = [[i + 1, args.models[i], *(plus_minus(*found, 3) for found in means[i].values())] for i in M]
     print("\n" + table(["", "policy", *means[0]], rows))
     matrices = {name: [[win_rate(found[i, j]) for j in M] for i in M] for name, found in wins.items()}
     for name, matrix in matrices.items():
-        rows = [
-            [i + 1] + ["{win_rate:.3f} [{low:.3f}, {high:.3f}]".format(**x) if x["prompts"] else "none" for x in row]
-            for i, row in enumerate(matrix)
-        ]
+        form = "{win_rate:.3f} [{low:.3f}, {high:.3f}]".format
+        rows = [[i + 1, *(form(**x) if x["prompts"] else "none" for x in row)] for i, row in enumerate(matrix)]
         print(f"\nWin rates by {name}: row against column, a tie is half a win [95 % interval over prompts: Wilson]\n")
         print(table(["", *(i + 1 for i in M)], rows))
-    policies = [{"policy": args.models[i], **{k: m for k, (m, _) in means[i].items()}} for i in M]
-    for i in M:
-        policies[i] |= {f"{k}_se": se for k, (_, se) in means[i].items()}
+    policies = [{"policy": name} for name in args.models]
+    for policy, found in zip(policies, means):
+        policy |= {key: mean for key, (mean, _) in found.items()} | {f"{key}_se": se for key, (_, se) in found.items()}
     result = {"args": json.loads(json.dumps(asdict(args), default=str)), **sources, "num_prompts": P}
     result |= {"policies": policies, "wins": matrices}
     write(args.output, json.dumps(result, indent=1))
@@ -1110,9 +1107,8 @@ def samples(args):
         parts += [f"## Prompt {i + 1}", *map(wrap, prompt.strip().splitlines())]
         for name, responses, found in zip(args.models, texts, values):
             numbers = [f"{key} {found[key][i]:.2f}" for key in JUDGES if key in found]
-            numbers += [
-                f"{found['length'][i]:.0f} tokens" + ("" if found["eos_rate"][i] else ", cut at the length limit")
-            ]
+            cut = "" if found["eos_rate"][i] else ", cut at the length limit"
+            numbers.append(f"{found['length'][i]:.0f} tokens{cut}")
             parts += [f"**{name}**: {', '.join(numbers)}", *map(wrap, responses[i].strip().splitlines())]
     text = "\n\n".join(part for part in parts if part) + "\n"
     write(args.output, text)
@@ -1121,12 +1117,12 @@ def samples(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-COMMANDS = {"frontier": Frontier, "limit": Limit, "compare": Compare, "samples": Samples}
+COMMANDS = {Frontier: frontier, Limit: limit, Compare: compare, Samples: samples}
 
 
 def main(args):
     check(args)
-    return {Frontier: frontier, Limit: limit, Compare: compare, Samples: samples}[type(args)](args)
+    return COMMANDS[type(args)](args)
 
 
 if __name__ == "__main__":
@@ -1134,20 +1130,23 @@ if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     config = (tyro.conf.FlagCreatePairsOff,)
-    args = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__, config=config)
+    commands = {function.__name__: settings for settings, function in COMMANDS.items()}
+    args = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=config)
     try:
-        if isinstance(args, Compare | Samples):  # once more, with what the first run sets as the defaults
-            default = type(args)(**settings_of_run(args))
-            args = tyro.cli(type(args), args=sys.argv[2:], default=default, config=config)
+        if isinstance(args, Compare | Samples):  # what is not given is as in the first run
+            given = {word.partition("=")[0].replace("_", "-") for word in sys.argv}
+            for name, value in settings_of_run(args).items():
+                if f"--{name.replace('_', '-')}" not in given:
+                    setattr(args, name, value)
         main(args)
     except (UserError, RunError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if args.debug:
             raise
         code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-        hints = []
+        said = f"{NAME}.py: {error or 'interrupted'}"
         if isinstance(args, Limit) and code != 2:
-            hints += ["What was saved is kept: the same command goes on."]
+            said += f"\nWhat was saved is kept: the same command{' less --overwrite' * args.overwrite} goes on."
         if isinstance(error, torch.OutOfMemoryError):
-            hints += ["Less memory: --micro-batch-size, --sampling-batch-size, --dtype bfloat16"]
-        tqdm.write("\n".join([f"{NAME}.py: {error or 'interrupted'}", *hints]), file=sys.stderr)
+            said += "\nLess memory: --micro-batch-size, --sampling-batch-size, --dtype bfloat16"
+        tqdm.write(said, file=sys.stderr)
         sys.exit(code)

@@ -173,9 +173,28 @@ def test_frontier(runs, tmp_path):
     assert re.search(r"\| limit .* 2.00 .* 5.00 \(too few samples\)", output)
 
 
-def test_frontier_of_gold(runs, tmp_path):
+def test_frontier_of_gold(runs, tmp_path, capsys):
     found = evaluate.frontier(Frontier(tuple(runs[:2]), tmp_path / "f.png", (1.0,), reward="gold"))
     assert found["curves"]["p3o_v2"]["reward_at"]["1"]["reward"] == -1
+    assert re.search(r"-1.\d\d − 1.\d\d·KL", capsys.readouterr().out)  # it falls
+
+
+def test_what_leaves_a_curve_as_it_is_makes_no_other_curve(runs, tmp_path):
+    """Seeds with and without --track or --config, and of a version that had neither."""
+    other = make_run(tmp_path / "e", 3, enumerate([(0, 1), (2, 2)]), track=True, config="args.json", dry_run=False)
+    found = evaluate.frontier(Frontier((*runs[:2], other), tmp_path / "f.png"))
+    assert [curve["seeds"] for curve in found["curves"].values()] == [[1, 2, 3]]
+
+
+def test_a_kl_that_a_seed_is_never_below(tmp_path, capsys):
+    """Not a NaN, which JSON does not have; and a KL given twice is one column."""
+    runs = [make_run(tmp_path / str(seed), seed, [(0, (seed, 1)), (1, (3, 2))]) for seed in (1, 2)]
+    evaluate.frontier(Frontier(tuple(runs), tmp_path / "f.png", (1.5, 2.5, 1.5)))
+    found = json.loads((tmp_path / "f.json").read_text(), parse_constant=pytest.fail)["curves"]["p3o_v2"]["reward_at"]
+    assert found["1.5"] == {"reward": None, "reward_se": None, "reached": True, "largest_kl": 3}
+    assert found["2.5"]["reward"] == pytest.approx(1.625)
+    header, _, row, *_ = capsys.readouterr().out.splitlines()
+    assert header.count("reward at") == 2 and "none" in row and len(row) == len(header)
 
 
 def test_a_run_given_twice_counts_once(runs, tmp_path):
@@ -225,14 +244,28 @@ def test_frontier_refuses(case, sentence, runs, tmp_path):
     assert not (tmp_path / "f.png").exists()
 
 
-@pytest.mark.parametrize("changes", [{"dataset": "hh"}, {"temperature": 0.7}])
+@pytest.mark.parametrize("changes", [{"dataset": "hh"}, {"temperature": 0.7}, {"max_response_tokens": 9}])
 def test_frontier_refuses_the_limit_of_something_else(changes, runs, tmp_path):
     limit = make_limit(tmp_path / "limit.json", **changes)
-    Path(runs[0], "args.json").write_text(
-        Path(runs[0], "args.json").read_text().replace('"beta"', '"temperature": 1.0, "beta"')
-    )
+    record, settings = Path(runs[0], "args.json"), '"temperature": 1.0, "max_response_tokens": 128, "beta"'
+    record.write_text(record.read_text().replace('"beta"', settings))
     with pytest.raises(UserError, match=f"it has {next(iter(changes))} .*, .*a has"):
         evaluate.frontier(Frontier(tuple(runs[:1]), tmp_path / "f.png", limit=limit))
+
+
+def test_frontier_says_when_the_limit_is_of_other_prompts(tmp_path, capsys):
+    run, limit = make_run(tmp_path / "a", 1, [(0, (0, 1))], eval_prompts=256), tmp_path / "limit.json"
+    for number in (64, 256):
+        evaluate.frontier(Frontier((run,), tmp_path / "f.png", limit=make_limit(limit, eval_prompts=number)))
+        assert ("is of other --eval-prompts than" in capsys.readouterr().out) == (number == 64)
+
+
+def test_the_gold_of_a_limit_is_the_runs(tmp_path):
+    run = make_run(tmp_path / "a", 1, [(0, (0, 1))], gold_fn="mine.py:f")
+    limit = make_limit(tmp_path / "limit.json", gold_fn="other.py:f")
+    evaluate.frontier(Frontier((run,), tmp_path / "f.png", limit=limit))
+    with pytest.raises(UserError, match="it has gold_fn 'other.py:f', .* has 'mine.py:f'"):
+        evaluate.frontier(Frontier((run,), tmp_path / "f.png", limit=limit, reward="gold"))
 
 
 # ------------------------------------------------------------------------------------------- limit, killed and gone on
@@ -265,6 +298,12 @@ def test_limit_killed_goes_on_to_the_same_numbers(tmp_path, capsys):
     assert "is of other samples, with temperature 1.0 (now 0.7). Pass --overwrite" in refused
 
 
+def test_limit_on_a_full_disk(tmp_path):
+    (tmp_path / "rewards.part").symlink_to("/dev/full")
+    with pytest.raises(evaluate.RunError, match="rewards.pt could not be written"):
+        limit(tmp_path, 32)
+
+
 def test_limit_uses_the_samples_that_are_there(tmp_path, capsys):
     first = limit(tmp_path, 64)
     assert first["curve"][0]["kl"] < 0.01
@@ -289,7 +328,8 @@ def test_limit_uses_the_samples_that_are_there(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
-    run("p3o_v2", "--num-updates", 4, "--eval-every", 2, "--seed", 1, *SMALL, "--output-dir", "run", cwd=folder)
+    options = ["--num-updates", 4, "--eval-every", 2, "--seed", 2, "--truncate-prompts", *SMALL]
+    run("p3o_v2", *options, "--output-dir", "run", cwd=folder)
     return folder
 
 
@@ -299,9 +339,11 @@ def test_frontier_of_a_real_run(real_run):
 
 
 def test_compare(real_run):
-    output = run("evaluate", "compare", "run", "tiny", "run/model", "--eval-prompts", 16, cwd=real_run)
+    """With what is not given as in the run: the answers of its last evaluation."""
+    output = run("evaluate", "compare", "run", "tiny", "run/model", "--truncate-prompts", cwd=real_run)
     found = json.loads((real_run / "runs/compare.json").read_text())
-    assert found["args"]["max_response_tokens"] == 48  # as the run's
+    as_in_the_run = {"max_response_tokens": 48, "seed": 2, "eval_prompts": 16, "truncate_prompts": True}
+    assert as_in_the_run.items() <= found["args"].items()
     last = json.loads((real_run / "run/frontier.jsonl").read_text().splitlines()[-1])
     trained, start, same = found["policies"]
     for key in ("reward", "gold", "kl", "length", "eos_rate", "reward_se"):
@@ -317,12 +359,38 @@ def test_compare(real_run):
 
 
 def test_samples(real_run):
-    output = run("evaluate", "samples", "run", "tiny", "--num", 3, "--eval-prompts", 16, cwd=real_run)
+    output = run("evaluate", "samples", "run", "tiny", "--num", 3, cwd=real_run)
     text = (real_run / "runs/samples.md").read_text()
     assert text.strip() in output and text.count("## Prompt") == 3 and text.count("gold ") == 6
     last = json.loads((real_run / "run/samples.jsonl").read_text().splitlines()[-1])
     assert f"**run**: reward {last['rewards'][0]:.2f}, gold" in text  # the very answers of the last evaluation
     assert " ".join(last["responses"][0].split()) in " ".join(text.split())
+
+
+def test_settings_of_another_dataset_are_not_the_runs(tmp_path):
+    changes = {"dataset": "mine.jsonl", "map": ["prompt=q"], "gold_fn": "mine.py:f", "temperature": 0.7}
+    name = make_run(tmp_path / "a", 3, [(0, (0, 1))], **changes)
+    same = evaluate.settings_of_run(Compare(models=(name,), dataset="mine.jsonl"))
+    assert same["map"] == ["prompt=q"] and same["gold_fn"] == "mine.py:f" and same["seed"] == 3
+    other = evaluate.settings_of_run(Compare(models=(name,), dataset="hh"))
+    assert other["temperature"] == 0.7 and not {"dataset", "map", "gold_fn"} & set(other)
+
+
+def test_compare_on_a_single_prompt(tmp_path):
+    rows = {"train": ["Hi", "Ho"], "test": ["Hello"]}
+    for name, texts in rows.items():
+        lines = [json.dumps({"prompt": f"\n\nHuman: {text}\n\nAssistant:"}) for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    options = ["--dataset", tmp_path, "--max-response-tokens", 8]
+    output = run("evaluate", "compare", "tiny", "tiny", *options, cwd=tmp_path)
+    assert re.search(r"\| 1 +\| tiny +\| -?\d+\.\d+ +\|", output)  # no standard error
+
+
+def test_policy_that_is_an_adapter(tmp_path):
+    run("p3o_v2", "--num-updates", 1, "--lora-rank", 2, *SMALL, "--output-dir", "run", cwd=tmp_path)
+    output = run("evaluate", "samples", "run", "--num", 1, cwd=tmp_path)
+    last = json.loads((tmp_path / "run/samples.jsonl").read_text().splitlines()[-1])
+    assert f"**run**: reward {last['rewards'][0]:.2f}, gold" in output
 
 
 @pytest.mark.parametrize(
