@@ -124,8 +124,11 @@ def best_setting(script, runs):
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
-def frontier_figure(key="reward", file="frontier.png", title="Reward over KL: each algorithm at its best setting"):
-    runs, limit = stored("seeds"), stored("limit")
+BEST = "Reward over KL: each algorithm at its best setting"
+
+
+def frontier_figure(key="reward", file="frontier.png", title=BEST, part="seeds"):
+    runs, limit = stored(part), stored("limit")
     figure, axes = plt.subplots(figsize=(8.4, 5.4))
     curve, start = limit_curve(), limit[f"ref_{key}"]
     axes.plot([0, *(r["kl"] for r in curve)], [start, *(r[key] for r in curve)], color="black", lw=2)
@@ -134,7 +137,7 @@ def frontier_figure(key="reward", file="frontier.png", title="Reward over KL: ea
     axes.text(2.5, at[key] + 0.25, note, fontsize=10, ha="right")
     best_of = [row for row in limit["best_of_n"] if row["kl"] <= 5.6]
     axes.plot([r["kl"] for r in best_of], [r[key] for r in best_of], ":", color="black", lw=1.2, label="best of n")
-    for script in NAMES:
+    for script in [script for script in NAMES if any(setting(run, "script") == script for run in runs)]:
         (lr, beta), found = best_setting(script, runs)
         path = mean_path(found, "kl", key)
         label = f"{NAMES[script]}  (lr {lr:g}, {'τ' if script == 'ipo' else 'β'} {beta:g})"
@@ -482,6 +485,8 @@ if __name__ == "__main__":
     PAGE.write_text(after)
     frontier_figure()
     frontier_figure("gold", "frontier_gold.png", "The true reward of the same runs, which none of them saw")
+    if stored("budget"):
+        frontier_figure("reward", "budget.png", "Reward over KL at the scripts' own budget", "budget")
     gold_figure()
     for part, draw in (("labels", labels_figure), ("rewards", rewards_figure)):
         if stored(part):
