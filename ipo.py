@@ -787,7 +787,8 @@ def main(args):
     tokenizer, end_ids = load_tokenizer(policy_path, policy, args)
     reward_path = args.reward_fn or args.reward_model or find_stage("reward_model", args.model, args.dataset)
     gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
-    print(f"policy        {policy_path}, for --model {args.model}; the reference is the same, frozen")
+    why = "no SFT run for it" if policy_path == args.model else f"for --model {args.model}"
+    print(f"policy        {policy_path} ({why}); the reference is the same, frozen")
     print(f"reward        {reward_path or 'none, nothing is sampled'}, for evaluation (--reward-model, --reward-fn)")
     print(f"dataset       {args.dataset} (--dataset changes it)")
     with accelerator.local_main_process_first():  # one process of a machine fills the cache of datasets

@@ -770,7 +770,8 @@ def main(args):
     reward_path = args.reward_fn or args.reward_model or find_stage("reward_model", args.model, args.dataset)
     if not reward_path:
         raise UserError(f"no reward: run reward_model.py on {args.dataset}, or pass --reward-model or --reward-fn.")
-    print(f"policy        {policy_path}, for --model {args.model}; the reference is the same, frozen")
+    why = "no SFT run for it" if policy_path == args.model else f"for --model {args.model}"
+    print(f"policy        {policy_path} ({why}); the reference is the same, frozen")
     print(f"reward        {reward_path} (--reward-model or --reward-fn change it)")
     if args.reward_fn:
         score = text_reward(args.reward_fn, "--reward-fn", tokenizer)

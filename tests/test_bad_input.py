@@ -400,10 +400,10 @@ HANDLED = [
     + ("1 dropped: chosen and rejected are equal", "1 cut: response of more than 32 tokens"),
     ("reward_model", f"{COUNTED} --truncate-prompts", "18 train rows", "1 cut: prompt of more than 40 tokens"),
     ("p3o_v2", COUNTED, "1 train rows dropped: their prompts are held out")
-    + ("19 different train prompts; 1 too long, dropped; 2 rows without a prompt, dropped",),
+    + ("19 different train prompts; 1 too long, dropped; 2 empty, dropped",),
     ("p3o_v2", f"{COUNTED} --truncate-prompts", "20 different train prompts; 1 too long, cut on the left"),
     *[(s, DIALOGUES, f"16 train rows; 3 {EMPTY}") for s in LATER],
-    ("p3o_v2", DIALOGUES, "16 different train prompts; 0 too long, dropped; 3 rows without a prompt, dropped"),
+    ("p3o_v2", DIALOGUES, "16 different train prompts; 0 too long, dropped; 3 empty, dropped"),
     ("sft", "--dataset in/blank_lines.jsonl", "22 train rows", "2 held-out rows"),
     ("p3o_v2", "--dataset in/blank_lines.jsonl", "22 different train prompts", "2 different held-out prompts"),
     ("p3o_v2", "--dataset in/few.jsonl", "different held-out prompts"),

@@ -186,7 +186,7 @@ SHARDED = """
 import json, sys
 import torch, torch.distributed
 from conftest import build
-from p3o_v2 import Trained, response_logprobs, sample_responses, whole
+from p3o_v2 import Trained, gathered, response_logprobs, sample_responses
 from torch.distributed.fsdp import FSDPModule, fully_shard
 torch.distributed.init_process_group("gloo")
 rank, found = torch.distributed.get_rank(), {"sampled": [], "logprobs": [], "gradients": [], "in_parts": []}
@@ -199,7 +199,7 @@ prompts = [torch.randint(1, 100, (5 + rank,), generator=random) for _ in range(3
 noise = torch.rand(6, 4 + 8 * rank, dtype=torch.float64, generator=random)
 
 def call_the_model_inside():
-    with whole(trained), torch.no_grad():
+    with gathered(trained), torch.no_grad():
         (y, p), (expected_y, expected_p) = (zip(*sample_responses(m, prompts, noise, 1, [0])) for m in (policy, plain))
         found["sampled"].append(all(map(torch.equal, y, expected_y)))
         logprobs, expected = (response_logprobs(m, prompts, y, 1) for m in (policy, plain))
