@@ -521,7 +521,7 @@ def test_rows_that_are_not_finite_are_those_which_cause_it(inputs, tmp_path):
     flags = "--dataset data --prompts-per-update 24 --minibatch-size 24 --num-updates 4 --reward-model".split()
     said = run("p3o_v2", *SMALL["p3o_v2"].split(), *flags, inputs / "nan_for_jam", cwd=tmp_path, code=1)
     batch = json.loads((tmp_path / "runs/p3o_v2/data/tiny/bad_batch_0.json").read_text())
-    broken = {i // 2 for i, response in enumerate(batch["responses"]) if " jam" in batch["prompts"][i // 2] + response}
+    broken = {i // 4 for i, response in enumerate(batch["responses"]) if " jam" in batch["prompts"][i // 4] + response}
     assert broken and batch["rows"] == sorted(broken)
     assert f"in rows {batch['rows']} of the batch" in said
 

@@ -226,7 +226,7 @@ def test_an_unfinished_run_is_neither_replaced_nor_resumed_unasked(flags, killed
 
 def test_a_run_with_other_settings_is_not_resumed(flags, killed):
     options = ["--resume", "--beta", 0.25, "--seed", 7]
-    refused(*flags["p3o_v2"], *options, cwd=killed, said=["beta 0.05 (now 0.25)", "seed 1 (now 7)"])
+    refused(*flags["p3o_v2"], *options, cwd=killed, said=["beta 0.2 (now 0.25)", "seed 1 (now 7)"])
 
 
 def test_resume_begins_where_there_is_nothing_and_overwrite_anew(flags, endings, killed, tmp_path):

@@ -157,7 +157,7 @@ def test_mistakes_are_told_in_one_sentence(options, sentence, tmp_path, monkeypa
 def test_a_run_is_not_overwritten_unasked(p3o_run):
     before = (p3o_run / "metrics.jsonl").read_bytes()
     said = run("p3o_v2", *SMALL, "--beta", 1, "--output-dir", p3o_run, cwd=p3o_run, code=2)
-    assert "is of a run with beta 0.05 (now 1.0)" in said
+    assert "is of a run with beta 0.2 (now 1.0)" in said
     assert (p3o_run / "metrics.jsonl").read_bytes() == before
 
 
