@@ -100,7 +100,7 @@ def interval(values):
 
 def cell(values, digits=2, scale=1):
     middle, half = interval(values)
-    return f"{scale * middle:.{digits}f} ± {scale * half:.{digits}f}"
+    return f"{scale * middle:.{digits}f}" + f" ± {scale * half:.{digits}f}" * (half == half)  # nan of one seed
 
 
 def table(head, rows):

@@ -206,7 +206,7 @@ def test_a_model_that_changes_its_logits_is_refused(model_class, config_class, c
 
 # ------------------------------------------------------------------------------------------------------ runs of scripts
 SMALL = {"num_updates": 1, "minibatch_size": 16, "max_response_tokens": 32, "eval_prompts": 16, "learning_rate": 1e-4}
-ONLINE = {"prompts_per_update": 16, "num_epochs": 2, "reward_model": f"{TINY}/reward_model"}
+ONLINE = {"prompts_per_update": 16, "num_responses": 2, "num_epochs": 2, "reward_model": f"{TINY}/reward_model"}
 
 
 @pytest.fixture

@@ -279,7 +279,7 @@ def another_runs_checkpoint(last):
         (lambda last: cut(last.parent.parent / "metrics.jsonl"), ["metrics.jsonl, which is lost or was cut short"]),
         (lambda last: (last.parent.parent / "frontier.jsonl").unlink(), ["frontier.jsonl"]),
         (lambda last: change(last / "state.pt", format=2), ["format 2 (now 1)"]),
-        (another_runs_checkpoint, ["beta 0.3 (now 0.05)"]),
+        (another_runs_checkpoint, ["beta 0.3 (now 0.2)"]),
     ],
     ids="state model optimizer stateless args metrics frontier format another".split(),
 )
