@@ -99,8 +99,12 @@ def interval(values):
 
 
 def cell(values, digits=2, scale=1):
+    """Mean and interval; of one or two seeds, which give none, the values."""
+    values = sorted(values)
+    if len(values) < 3:
+        return " to ".join(dict.fromkeys(f"{scale * value:.{digits}f}" for value in values))
     middle, half = interval(values)
-    return f"{scale * middle:.{digits}f}" + f" ± {scale * half:.{digits}f}" * (half == half)  # nan of one seed
+    return f"{scale * middle:.{digits}f} ± {scale * half:.{digits}f}"
 
 
 def table(head, rows):
@@ -306,11 +310,10 @@ def clipping_table():
         ends = [run["frontier"][-1] for run in runs]
         clipped = [run["metrics"][-1]["policy/clipfrac"] for run in runs]
         row = [NAMES[script], f"{lr:g}", f"{clip:g}", *(cell((share(r, kl) for r in runs), 0, 100) for kl in KLS)]
-        row += [cell(p["kl"] for p in ends), f"{max(p['kl'] for p in ends):.2f}"]
-        row += [cell(p[key] for p in ends) for key in ("reward", "gold")]
+        row += [cell(p[key] for p in ends) for key in ("kl", "reward", "gold")]
         rows.append([*row, f"{100 * mean(clipped):.0f}"])
     head = ["algorithm", "lr", "ε", *(f"% of the limit's gain at KL ≤ {kl:g}" for kl in KLS)]
-    return table([*head, "KL at the end", "largest of a seed", "reward", "gold", "% clipped, last update"], rows)
+    return table([*head, "KL at the end", "reward", "gold", "% clipped, last update"], rows)
 
 
 def responses_table():
