@@ -944,7 +944,7 @@ def main(args):
         micros = [*own, minibatch[:1]][: math.ceil(len(shares[0]) / size)]  # as many in all processes, for FSDP
         stats, all_logps = Counter(), []
         for micro in micros:
-            accelerator.sync_gradients = micro is micros[-1]  # of the last alone; DeepSpeed reads this
+            accelerator.sync_gradients = micro is micros[-1]  # gradients cross processes once, with the last
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
                 inputs = [prompts[i] for i in micro], [y for i in micro for y in responses[K * i : K * i + K]]
                 logps = trained(*inputs, args.temperature).double().sum(1).view(-1, K)  # chosen, rejected, samples

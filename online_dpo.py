@@ -1,6 +1,6 @@
 """Online DPO: DPO's loss on pairs that the policy has just sampled, labelled by a reward (baseline of Wu et al. 2023).
 
-Sample two responses to a prompt, let the reward say how probably the first is the better one, and fit the implicit
+Sample responses to a prompt, let the reward say of two how probably the first is the better one, and fit the implicit
 reward β log(π_θ/π_ref) of DPO (Rafailov et al. 2023, arXiv 2305.18290) to that label. Only differences of rewards
 enter, as in P3O; unlike there, they pass through a sigmoid, and there is no importance weight and no clipping.
 
@@ -862,7 +862,7 @@ def main(args):
             shares = [minibatch[lengths[minibatch].argsort()][p::processes] for p in range(processes)]
             micros, minibatch, new_logps = shares[rank].split(max(1, max_rows // K)), torch.cat(shares), []
             for micro in micros:
-                accelerator.sync_gradients = micro is micros[-1]  # of the last alone; DeepSpeed reads this
+                accelerator.sync_gradients = micro is micros[-1]  # gradients cross processes once, with the last
                 with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
                     inputs = [batch[b] for b in micro], [row for b in micro for row in groups[b]]
                     new_logps.append(trained(*inputs, args.temperature).double().sum(1).view(-1, K))

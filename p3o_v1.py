@@ -883,7 +883,7 @@ def main(args):
             shares = [minibatch[lengths[minibatch].argsort()][p::processes] for p in range(processes)]
             micros, minibatch, new_logps = shares[rank].split(max(1, max_rows // K)), torch.cat(shares), []
             for micro in micros:
-                accelerator.sync_gradients = micro is micros[-1]  # of the last alone; DeepSpeed reads this
+                accelerator.sync_gradients = micro is micros[-1]  # gradients cross processes once, with the last
                 with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
                     inputs = [batch[b] for b in micro], [row for b in micro for row in groups[b]]
                     new_logps.append(trained(*inputs, args.temperature).double().sum(1).view(-1, K))

@@ -13,9 +13,12 @@ Token t of a response y ~ π_old(·|x) of T tokens:
     L   = mean over tokens of  max( −A ρ, −A clip(ρ, 1 − ε, 1 + ε) ) + c ½ max( (V_θ − R)², (clip(V_θ, V ± ε_V) − R)² )
 
 The value model is a second network, started from the reward model where that has the policy's shape, or with
---share-trunk a head on the policy's own trunk. Shapes: B prompts, K responses to each, N = B·K rows, T response tokens,
-V vocabulary, D hidden size. Prompts and responses are lists of 1-D id tensors, nothing padded; what is computed of them
-per token, `logprobs`, `values`, …, is [N, T] with a mask.
+--share-trunk a head on the policy's own trunk. K, B and β are by default those of p3o_v2.py, so that runs compare; the
+P3O paper's comparison: --num-responses 2 --prompts-per-update 64 --minibatch-size 16 --beta 0.05 --delta-reward.
+
+Shapes: B prompts, K responses to each, N = B·K rows, T response tokens, V vocabulary, D hidden size. Prompts and
+responses are lists of 1-D id tensors, nothing padded; what is computed of them per token, `logprobs`, `values`, …, is
+[N, T] with a mask.
 
     python ppo.py                                                     the embedded world, 3 minutes on a laptop
     python ppo.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; starts from what the two stages saved
@@ -964,7 +967,7 @@ def main(args):
             micros, minibatch, new = shares[rank].split(max(1, max_rows // K)), torch.cat(shares), []
             rows_of = (minibatch[:, None] * K + torch.arange(K)).flatten()
             for micro in micros:
-                accelerator.sync_gradients = micro is micros[-1]  # of the last alone; DeepSpeed reads this
+                accelerator.sync_gradients = micro is micros[-1]  # gradients cross processes once, with the last
                 with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
                     rows = (micro[:, None] * K + torch.arange(K)).flatten()
                     part = trained([batch[b] for b in micro], [y[i] for i in rows], args.temperature)

@@ -690,7 +690,7 @@ def main(args):
         micros = [*own, minibatch[:1]][: math.ceil(len(shares[0]) / size)]  # as many in all processes, for FSDP
         stats, scores = Counter(), []
         for micro in micros:
-            accelerator.sync_gradients = micro is micros[-1]  # of the last alone; DeepSpeed reads this
+            accelerator.sync_gradients = micro is micros[-1]  # gradients cross processes once, with the last
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
                 scores.append(trained(*pairs_of(micro)))
                 loss, metrics = bradley_terry_loss(*scores[-1].view(-1, 2).T)

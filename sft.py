@@ -725,7 +725,7 @@ def main(args):
         micros = [*own, minibatch[:1]][: math.ceil(len(shares[0]) / size)]  # as many in all processes, for FSDP
         stats, logps, tokens = Counter(), [], sum(len(y[i]) for i in minibatch)
         for micro in micros:
-            accelerator.sync_gradients = micro is micros[-1]  # of the last alone; DeepSpeed reads this
+            accelerator.sync_gradients = micro is micros[-1]  # gradients cross processes once, with the last
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
                 micro_y = [y[i] for i in micro]
                 logprobs = trained([x[i] for i in micro], micro_y, args.temperature)

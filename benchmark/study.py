@@ -143,7 +143,7 @@ def labels():
     flags |= {"model": "tiny", "reward_model": "tiny/reward_model", "gold_fn": "tiny/gold.py:gold_reward"}
     return [
         settings(script, *pair, seed, dataset=f"{study_data.FOLDER}/gold_flipped_{flipped}", **flags)
-        for seed, script in product(SEEDS[:1], ("dpo", "ipo", "mpo"))
+        for seed, script in product(SEEDS[:2], ("dpo", "ipo", "mpo"))
         for pair in (best(script)[0], (2e-4, 0.1))  # the second is a usual one
         for flipped in (0, 30)  # last: runs side by side then have other data, and do not make the same store
     ]
