@@ -17,7 +17,7 @@ Shapes: P prompts, N samples to each, T response tokens. Prompts and responses a
     python evaluate.py compare A B --judge-url http://localhost:8000/v1 --judge-model NAME     (key: OPENAI_API_KEY)
     python evaluate.py samples runs/p3o_v2/tiny/tiny tiny --num 4
 
-Policies answer with the noise of the first run's evaluations, so its reward and KL are those of its last one.
+Policies answer with the noise of the first run's evaluations, so reward and KL of an online run are its last ones.
 """
 
 import hashlib
@@ -41,7 +41,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import datasets
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -50,15 +49,12 @@ import tyro
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import HfApi, constants
+from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from tyro.conf import Positional
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
 PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.md says where they are documented
@@ -66,13 +62,13 @@ PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.m
     "reward_model/tldr": "cleanrl/EleutherAI_pythia-{}-deduped__reward__tldr",
 }
 # Settings of a run that leave its curve as it is: runs that differ in these alone are one curve.
-SAME_CURVE = "seed output_dir overwrite resume save_every device debug config dry_run track".split()
+SAME_CURVE = "seed output_dir overwrite resume save_every device debug config dry_run track trust_remote_code".split()
 SAME_CURVE += ["micro_batch_size", "gradient_checkpointing"]
 # What decides, with the model, the held-out prompts and the distribution of the responses to them.
 TASK = "dataset subset split map chat_template max_prompt_tokens truncate_prompts".split()
 TASK += ["max_response_tokens", "temperature"]
 ROUND = 32  # samples a prompt between two saves of the limit; another number gives other samples
-JUDGES = ("reward", "gold")
+SCORES = ("reward", "gold")
 Names = Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="NAME …", help_behavior_hint="")]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # told apart by the colour-blind too
 
@@ -96,8 +92,8 @@ def limit_curve(rewards, temperatures, gold=None):
 def best_of_n(rewards, n, values):
     """Expected value of the sample with the highest reward among n, mean over the prompts: the exact mean over all ways
     to draw n of the N samples without replacement, so without bias. rewards, values: [P, N]."""
-    rank = torch.arange(n, rewards.shape[1] + 1, dtype=torch.float64)  # C(rank − 1, n − 1) draws have it as their best
-    w = (rank.lgamma() - (rank - n + 1).lgamma()).softmax(0)
+    rank = torch.arange(n, rewards.shape[1] + 1, dtype=torch.float64)
+    w = (rank.lgamma() - (rank - n + 1).lgamma()).softmax(0)  # C(rank − 1, n − 1) of all C(N, n) draws
     ordered = values.double().gather(1, rewards.argsort(dim=1, stable=True))
     return (ordered[:, n - 1 :] * w).sum(1).mean().item()
 
@@ -114,9 +110,9 @@ def reward_at(points, kappa):
 
 @dataclass
 class Frontier:
-    """Reward over KL of runs, as a picture, a table and numbers; runs that differ in the seed alone are one curve."""
+    """Reward over KL of runs, as a picture, a table and numbers."""
 
-    runs: Names = ()  # run folders; those that differ in nothing but the seed are one curve
+    runs: Names = ()  # run folders; those that differ in the seed, the folder, the device … alone are one curve
     output: Path = Path("runs/frontier.png")  # file to write; beside a picture go its numbers, as .json
     kls: tuple[float, ...] = (1.0, 2.0, 4.0)  # KLs at which rewards are given, nats a response
     limit: str = ""  # limit.json of the subcommand limit, drawn and compared with
@@ -137,7 +133,7 @@ class Args:
     trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
     dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
     subset: str = ""  # configuration of a hub dataset
-    split: str = ""  # split to train on (default: train); test or validation is held out, or else a tenth
+    split: str = ""  # split to train on (default: train, or the only one); test or validation is held out, or a tenth
     chat_template: str = ""  # file with the template that renders messages (default: the tokenizer's)
     map: tuple[str, ...] = ()  # prompt=question chosen=best …: columns that have other names than the script's
     eval_prompts: int = 256  # held-out prompts used, the first ones
@@ -148,7 +144,7 @@ class Args:
     # Sizes
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
     sampling_batch_size: int = 512  # responses sampled at once: changes memory and speed alone
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products alone (float16 overflows: not offered)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and frozen weights (float16 overflows)
 
 
 @dataclass
@@ -200,9 +196,9 @@ class RunError(Exception):
 def short_name(path):
     """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
     try:
-        return Path(json.loads((Path(path).parent / "args.json").read_text())["base_name"]).resolve().name
+        return os.path.basename(os.path.abspath(json.loads((Path(path).parent / "args.json").read_text())["base_name"]))
     except (OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
-        return re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+        return re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", os.path.basename(os.path.abspath(path)))
 
 
 def find_stage(stage, model, dataset):
@@ -213,8 +209,8 @@ def find_stage(stage, model, dataset):
     run = Path("runs") / stage / short_name(dataset) / short_name(model)
     with suppress(OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
         saved = json.loads((run / "args.json").read_text())
-        made_of, same = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
-        if same and made_of["dataset"] == dataset and (stage != "sft" or made_of["model"] == model):
+        there, ended = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
+        if ended and there["dataset"] == dataset and (stage != "sft" or there["model"] == model):
             return f"{run}/model"
     size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
     return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
@@ -223,58 +219,33 @@ def find_stage(stage, model, dataset):
 def fetch(kind, name, flag, load, **options):
     """load(name, **options), a hub id only after one request of at most 10 s has found it. Raises UserError."""
     try:
-        if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
+        if kind in ("model", "tokenizer", "dataset") and not Path(name).exists() and not constants.HF_HUB_OFFLINE:
             HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
         return load(name, **options)
     except Exception as error:
-        error = error.__cause__ or error  # of what the datasets library wraps
+        error = error.__cause__ or error  # the datasets library wraps the real one
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         where = "can be read from there" if Path(name).exists() else "is there, nor on huggingface.co"
         raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
 
 
-def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
-    """A model in evaluation mode, so without dropout, from a folder or the hub; see set_up_model. Raises UserError."""
-    options |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": args.trust_remote_code}
+def load_frozen(auto_class, name, flag, device, args):
+    """A frozen model without dropout, from a folder or the hub; its trunk multiplies in --dtype. Raises UserError."""
+    options = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": args.trust_remote_code}
     model, info = fetch("model", name, flag, auto_class.from_pretrained, **options)
-    if info["missing_keys"] and not new_head:
+    if info["missing_keys"]:
         raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
-    if train and getattr(model, "peft_config", None):
-        raise UserError(f"{flag} {name}: it is an adapter; merge it into its model first, see docs/recipes.md.")
-    head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 2]])
+    head, trunk, ids = model.get_output_embeddings(), model.base_model, torch.tensor([[0, 1, 2]])
     with torch.no_grad():
-        if head and not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), 0, 1e-4, True):
+        if head and not torch.allclose(model(ids).logits, head(trunk(ids).last_hidden_state), 0, 1e-4, True):
             raise UserError(f"{flag} {name}: it scales or caps its logits, which is not supported; use another model.")
-    return set_up_model(model.to(device), args, train)
-
-
-def set_up_model(model, args, train):
-    """Freeze the whole model or, if `train`, all but its last --unfrozen-layers and head (0: freeze nothing). Its trunk
-    multiplies in --dtype; weights stay float32, but frozen Linear ones are rounded to it. Raises UserError."""
-    trunk, unfrozen = model.base_model, args.unfrozen_layers if train else 0
-    layers = next(part for part in trunk.modules() if isinstance(part, torch.nn.ModuleList))
-    if not 0 <= unfrozen <= len(layers):
-        raise UserError(f"--unfrozen-layers {unfrozen}: the model has {len(layers)}; pass 0 to train everything.")
-    model.requires_grad_(train)
-    if unfrozen:
-        trunk.requires_grad_(False)
-        layers[-unfrozen:].requires_grad_(True)
-    if train and vars(args).get("lora_rank"):
-        from peft import LoraConfig  # optional
-
-        which = [k.removesuffix(".weight") for k, w in layers.named_parameters() if w.ndim == 2 and w.requires_grad]
-        options = {"target_modules": which, "modules_to_save": ["score"] * hasattr(model, "score") or None}
-        options |= {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "task_type": "CAUSAL_LM"}
-        model.add_adapter(LoraConfig(**options))
-    for layer in layers if train and args.gradient_checkpointing else ():
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # for the head: float32 in and out, TF32 products
-        trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
+        trunk.forward = torch.autocast(device.type, torch.bfloat16)(trunk.forward)
         for part in trunk.modules():
-            if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
+            if isinstance(part, torch.nn.Linear):
                 part.to(torch.bfloat16)
-    return model
+    return model.requires_grad_(False).to(device)
 
 
 def load_tokenizer(name, model, args):
@@ -299,6 +270,7 @@ def to_texts(row, columns, tokenizer):
     """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
     the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
     chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
+    columns = columns or ("completion",) * isinstance(row.get("chosen", row.get("completion")), list)
     keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
     prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
     for key, x in zip(keys, values):
@@ -334,17 +306,19 @@ def read_dataset(tokenizer, args, columns):
         raise UserError(f"{flag}: the file is empty.")
 
     def load(path):
-        if Path(path, "state.json").is_file():  # of save_to_disk
-            return {"train": datasets.load_from_disk(path)}, False
+        if any(Path(path, x).is_file() for x in ("state.json", "dataset_dict.json")):  # of save_to_disk
+            found = datasets.load_from_disk(path)
+            return found if isinstance(found, dict) else {"train": found}, False
         builder = datasets.load_dataset_builder(where, subset, data_files=files)
         is_json = type(builder).__name__.startswith("Json")  # in a folder its name goes on with the folder's
         source = ("text", None, None, builder.config.data_files) if is_json else (where, subset, None, files)
         return datasets.load_dataset(*source), is_json
 
     splits, is_json = fetch("dataset", path, "--dataset", load)
-    names = [x for x in dict.fromkeys((args.split or "train", "test", "validation")) if x in splits] or [*splits]
-    if args.split not in ("", names[0]):
-        raise UserError(f"--split {args.split}: {flag} has the splits {', '.join(splits)}.")
+    first = args.split or ("train" if len(splits) > 1 else [*splits][0])
+    if first not in splits:
+        raise UserError(f"--split {first}: {flag} has the splits {', '.join(splits)}.")
+    names = [x for x in dict.fromkeys((first, "test", "validation")) if x in splits]
     parts, renamed = [[] for _ in names[:2]], [x.partition("=")[::2] for x in args.map]
     for name, part in zip(names, parts):
         for number, row in enumerate(splits[name], 1):
@@ -371,7 +345,7 @@ def load_prompts(tokenizer, args):
     """(train, --eval-prompts held-out) prompts as 1-D ids, each once; prints what is left out. Raises UserError."""
     parts, length = read_dataset(tokenizer, args, ()), args.max_prompt_tokens
     for i, name in enumerate(("train", "held-out")):
-        texts, empty = [*dict.fromkeys(x for x, *_ in parts[i] if x)], sum(not x for x, *_ in parts[i])
+        texts, empty = [*dict.fromkeys(x for x, *_ in parts[i] if x.strip())], sum(not x.strip() for x, *_ in parts[i])
         ids = tokenizer(texts).input_ids if texts else []
         long, done = sum(len(x) > length for x in ids), "cut on the left" if args.truncate_prompts else "dropped"
         parts[i] = [torch.tensor(x[-length:]) for x in ids if args.truncate_prompts or len(x) <= length]
@@ -445,7 +419,7 @@ class InplaceLayer(DynamicLayer):
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # only a scope, in which a weight is rounded to bfloat16 once, not at every token
+@torch.autocast("cpu", enabled=False)  # an outer scope: the inner ones share their bfloat16 copies of the weights
 def sample_responses(model, prompts, noise, temperature, end_ids):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
     `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
@@ -463,7 +437,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
     cache.batch_repeat_interleave(K)
     tokens, logprobs, lengths = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device), input_ids.new_zeros(N)
-    rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # kept
+    rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # in work; not ended
     for t in range(T):
         probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
         # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
@@ -538,7 +512,7 @@ def in_batches(function, prompts, responses, batch_size=0):
         indices = [K * b + k for b in batch.tolist() for k in range(K)]
         results = function([prompts[b] for b in batch], [responses[i] for i in indices])
         found += zip(indices, [row.clone() for row in results.cpu()] if torch.is_tensor(results) else results)
-    rows = [row for _, row in sorted(gather_object(found), key=lambda pair: pair[0])]
+    rows = [row for _, row in sorted(gather_object(found))]  # by their numbers, all different
     if torch.is_tensor(rows[0]):
         return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
     return rows
@@ -553,7 +527,7 @@ def check(args):
     for name, value in vars(args).items():
         low, values = lowest.get(name, 0), value if isinstance(value, tuple) else [value]
         if not all(low <= x < 2**63 for x in values if isinstance(x, int | float)):
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {low:g}.")
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {low:g}, below {2**63:.3g}.")
     if isinstance(args, Args):
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
@@ -577,7 +551,7 @@ def read_record(run):
 
 def first_record(models):
     """The record of the first run among policies, given by its folder or by the model/ in it; {} if there is none."""
-    folders = [folder for name in models for folder in (Path(name), Path(name).parent)]
+    folders = [folder for name in models if Path(name).exists() for folder in (Path(name), Path(name).parent)]
     return next((read_record(folder) for folder in folders if (folder / "args.json").is_file()), {})
 
 
@@ -625,14 +599,14 @@ def load_judges(args, model, tokenizer, device, needed=True):
     if args.reward_fn:
         judges["reward"] = text_reward(args.reward_fn, "--reward-fn", tokenizer)
     elif path:
-        reward_model = load_model(AutoModelForSequenceClassification, path, "--reward-model", device, args)
+        reward_model = load_frozen(AutoModelForSequenceClassification, path, "--reward-model", device, args)
         options = {"trust_remote_code": args.trust_remote_code}
         own = fetch("tokenizer", path, "--reward-model", AutoTokenizer.from_pretrained, **options)
         same = not own("Hi").input_ids or tokenizer.get_vocab().items() <= own.get_vocab().items()
         found = reward_model.config.num_labels, reward_model.get_input_embeddings().num_embeddings
         if found[0] != 1 or found[1] < len(tokenizer) or not hasattr(reward_model, "score") or not same:
             wanted = f"expected a score and the policy's {len(tokenizer)} tokens, found {found[0]} and {found[1]}"
-            raise UserError(f"--reward-model {path}: {wanted}; --reward-fn takes others.")
+            raise UserError(f"--reward-model {path}: {wanted}{' others' * (not same)}; use --reward-fn.")
         judges["reward"] = partial(in_batches, partial(response_scores, reward_model), batch_size=args.micro_batch_size)
     if gold_fn:
         judges["gold"] = text_reward(gold_fn, "--gold-fn", tokenizer)
@@ -655,19 +629,19 @@ def answer(args, num, reference=None):
     if reference is not None:
         start = record["policy"] if record and base != "tiny" else base
         reference_path = find_policy(reference or start)
-        reference = load_model(AutoModelForCausalLM, reference_path, "--reference", device, args)
+        reference = load_frozen(AutoModelForCausalLM, reference_path, "--reference", device, args)
         print(f"reference     {reference_path} (--reference changes it)")
     for i, path in enumerate(paths):
-        policy = load_model(AutoModelForCausalLM, path, "policy", device, args)
+        policy = load_frozen(AutoModelForCausalLM, path, "policy", device, args)
         tokenizer, end_ids = load_tokenizer(path, policy, args)
         print(f"policy {i + 1:<6} {path}")
         if i == 0:
-            needed = not getattr(args, "judge_url", "")
+            needed = isinstance(args, Compare) and not args.judge_url
             judges, sources, _ = load_judges(args, base, tokenizer, device, needed)
             prompts, vocabulary = load_prompts(tokenizer, args)[1], tokenizer.get_vocab()
-            size = (2, len(prompts), args.max_response_tokens)  # a run's first half is for its SFT policy
-            noise = torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(args.seed))[1][:num]
-            prompts, texts, values = prompts[: len(noise)], [], []
+            size, generator = (2, len(prompts), args.max_response_tokens), torch.Generator().manual_seed(args.seed)
+            _, noise = torch.rand(size, dtype=torch.float64, generator=generator)  # a run's sft_noise, eval_noise
+            prompts, noise, texts, values = prompts[:num], noise[:num], [], []
         if tokenizer.get_vocab() != vocabulary:
             raise UserError(f"{path}: its tokens are not those of {paths[0]}; only like can be compared.")
         if reference and policy.config.vocab_size != reference.config.vocab_size:
@@ -715,19 +689,17 @@ def read_run(folder, key):
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             points.append(json.loads(line))
-            wrong = [k for k in ("step", "kl", key) if not math.isfinite(points[-1].get(k, math.nan))]
+            if wrong := [k for k in ("step", "kl", key) if not math.isfinite(points[-1].get(k, math.nan))]:
+                raise ValueError(f"no number for {', '.join(wrong)}; found {', '.join(points[-1])}")
         except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{file}: line {number} is no point of a frontier ({error}).") from error
-        if wrong:
-            found = ", ".join(points[-1])
-            raise UserError(f"{file}: line {number} has no number for {', '.join(wrong)}; found {found}.")
     if not points:
         raise UserError(f"{file} is empty: the run evaluated nothing yet.")
     return record, points
 
 
 def group_runs(runs, key):
-    """{label: [(seed, points)]}: runs that differ in the seed alone are one curve, labelled with the script and with
+    """{label: [(seed, points)]}: runs that differ in SAME_CURVE alone are one curve, labelled with the script and with
     what the curves of the same script differ in. runs: [(folder, record, points)]. Raises UserError."""
     folder, first, _ = runs[0]
     for other, record, _ in runs:
@@ -788,7 +760,7 @@ def read_limit(file, runs, key):
     try:
         limit = json.loads(Path(file).read_text())
         found = limit["args"] | {"reward": reward_of(limit), "model": limit["base_name"]}
-        reference = {name: limit[f"ref_{name}"] for name in JUDGES if name in limit["curve"][0]}
+        reference = {name: limit[f"ref_{name}"] for name in SCORES if name in limit["curve"][0]}
         limit["curve"].insert(0, {"kl": 0.0, "trusted": True, **reference})
         limit["best_of_n"][0]["kl"], limit["num_samples"]  # noqa: B018
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -807,18 +779,16 @@ def read_limit(file, runs, key):
 
 def draw(file, title, key, curves, limit):
     """The picture: reward over KL, a band of ± a standard error; limit and best of n as grey and black references."""
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
     largest = 1.1 * max([point["kl"] for curve in curves.values() for point in curve["path"]] + [0.1])
     if limit:
         best = [row for row in limit["best_of_n"] if row["kl"] <= largest]
-        kl, reward = (np.array([row[k] for row in limit["curve"]]) for k in ("kl", key))
-        grid = np.linspace(0, min(largest, kl[-1]), 200)
-        trusted = max(row["kl"] for row in limit["curve"] if row["trusted"])
         what = "limit: no policy has more reward at this KL" if key == "reward" else "gold at the limit of the reward"
         labels = f"{what} ({limit['num_samples']:,} samples a prompt)", "the same, from too few samples: too low"
-        for part, style, label in zip((grid[grid <= trusted], grid[grid > trusted]), ("-", ":"), labels):
-            if len(part):
-                axes.plot(part, np.interp(part, kl, reward), style, color="0.55", linewidth=2.5, label=label)
+        for trusted, style, label in zip((True, False), ("-", ":"), labels):
+            if part := [(r["kl"], r[key]) for r in limit["curve"] if r["trusted"] == trusted and r["kl"] <= largest]:
+                axes.plot(*zip(*part), style, color="0.55", linewidth=2.5, label=label)
         points = zip(*[(row["kl"], row[key]) for row in best])
         axes.plot(*points, "k--x", linewidth=1, label="best of n samples of the reference, KL at most log n − (n−1)/n")
         for row in best[1:]:
@@ -835,7 +805,6 @@ def draw(file, title, key, curves, limit):
     axes.legend(loc="best", fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
-    plt.close(figure)
 
 
 def frontier(args):
@@ -858,7 +827,8 @@ def frontier(args):
                 best = np.interp(float(kappa), *([row[k] for row in bound["curve"]] for k in ("kl", "reward")))
                 found["limit"], gain = best.item(), best.item() - bound["ref_reward"]
                 found["share"] = (found["reward"] - bound["ref_reward"]) / gain if gain > 0 else None
-                cells[-1] += f", {found['share']:.0%}" if gain > 0 else ""
+                few = float(kappa) > max(row["kl"] for row in bound["curve"] if row["trusted"])
+                cells[-1] += f", {found['share']:.0%}{' (limit too low)' * few}" if gain > 0 else ""
         fit, line = curve["fit"], "{:.2f} {} {:.2f}·KL, R² {:.2f}".format
         rows.append([*cells, line(fit["a"], "+−"[fit["b"] < 0], abs(fit["b"]), fit["r2"]) if fit else "none"])
     for name, points in (("limit", bound["curve"]), ("best of n", bound["best_of_n"])) if bound else ():
@@ -871,7 +841,7 @@ def frontier(args):
     bands = "bands: ± a standard error over seeds; of a single one, over prompts"
     draw(args.output, f"{title}\n{bands}", key, curves, bound)
     share = ", share of the limit's gain" if bound and key == "reward" else ""
-    print(table(["curve", "seeds", *(f"{key} at KL ≤ {k:g}{share}" for k in kls), "linear fit"], rows))
+    print(table(["curve", "seeds", *(f"best {key} at KL ≤ {k:g}{share}" for k in kls), "linear fit"], rows))
     result = {"reward": key, "dataset": dataset, "models": models, "curves": curves}
     result |= {"limit": bound and {k: bound[k] for k in ("ref_reward", "num_samples", "curve", "best_of_n")}}
     write(args.output.with_suffix(".json"), json.dumps(result, indent=1))
@@ -897,7 +867,7 @@ def draw_samples(args, file, inputs, sample, prompts, judges):
     if done:
         print(f"samples       {done:,} a prompt made before")
     rounds = range(done // ROUND, math.ceil(args.num_samples / ROUND))
-    fours = [x for x in prompts for _ in range(ROUND // 4)]  # scored four to a row: measured to be fastest
+    fours = [x for x in prompts for _ in range(ROUND // 4)]  # four responses share a row: measured to be fastest
     for number in tqdm(rounds, desc="limit", unit=f"x {ROUND * len(prompts):,} samples", disable=not rounds):
         generator = torch.Generator().manual_seed(args.seed + 1_000_003 * (number + 1))
         noise = torch.rand(len(prompts) * ROUND, args.max_response_tokens, dtype=torch.float64, generator=generator)
@@ -920,18 +890,18 @@ def limit_numbers(values, b_values):
     spread = rewards.std(1).mean().item() or 1.0
     temperatures = sorted(b_values or (spread * 10 ** np.linspace(2, -2, 121)).tolist(), reverse=True)
     curve = {k: v.tolist() for k, v in limit_curve(rewards, temperatures, values.get("gold")).items()}
-    halves = limit_curve(rewards[:, : N // 2 * 2].reshape(-1, N // 2), temperatures)  # both, each as if it were all
+    halves = limit_curve(rewards[:, : N // 2 * 2].reshape(-1, N // 2), temperatures)  # [2P, N/2]: each half a prompt
 
-    def judged(row):  # trusted or not, and the bias that half of the samples have more, at equal KL
+    def rated(row):  # trusted or not; how much more reward than from half of the samples, None beyond their last KL
         inside = row["kl"] <= halves["kl"][-1]
         more = row["reward"] - np.interp(row["kl"], halves["kl"], halves["reward"]) if inside else None
         return row | {"trusted": row["ess"] >= 50 and row["kl"] < math.log(N) - 4.5, "more_than_half": more}
 
-    rows = [judged({"b": b, **dict(zip(curve, row))}) for b, *row in zip(temperatures, *curve.values())]
+    rows = [rated({"b": b, **dict(zip(curve, row))}) for b, *row in zip(temperatures, *curve.values())]
     shown = [k for k in (0.25, 0.5, 1, 2, 3, 4, 5, 6) if curve["kl"][0] <= k <= curve["kl"][-1]]
-    shown = [judged({name: np.interp(k, curve["kl"], curve[name]) for name in curve}) for k in shown]
+    shown = [rated({name: np.interp(k, curve["kl"], curve[name]) for name in curve}) for k in shown]
     best = []
-    for n in (2**k for k in range(N.bit_length()) if 4 * 2**k <= max(N, 4)):
+    for n in (2**k for k in range(max(1, N.bit_length() - 2))):  # up to N/4
         found = {name: best_of_n(rewards, n, value) for name, value in values.items()}
         best.append({"n": n, "kl": math.log(n) - (n - 1) / n, **found})
     means = {f"ref_{name}": value.mean().item() for name, value in values.items()}
@@ -944,7 +914,7 @@ def limit(args):
     args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
     args.model = args.model if args.model == "tiny" else find_policy(args.model)
     policy_path = find_stage("sft", args.model, args.dataset) or args.model
-    reference = load_model(AutoModelForCausalLM, policy_path, "--model", device, args)
+    reference = load_frozen(AutoModelForCausalLM, policy_path, "--model", device, args)
     tokenizer, end_ids = load_tokenizer(policy_path, reference, args)
     print(f"reference     {policy_path} (--model changes it)")
     judges, sources, reward_model = load_judges(args, args.model, tokenizer, device)
@@ -962,9 +932,11 @@ def limit(args):
         if models[name]:
             tensors = models[name].state_dict().values()
         elif path:  # FILE.py:f
-            tensors = [torch.tensor([*Path(path.rpartition(":")[0]).read_bytes()], dtype=torch.uint8)]
+            tensors = [torch.frombuffer(bytearray(Path(path.rpartition(":")[0]).read_bytes()), dtype=torch.uint8)]
         inputs[name] = f"{short_name(path)} {fingerprint(tensors)}" if path else ""
     sample = partial(sample_responses, reference, temperature=args.temperature, end_ids=end_ids)
+    if args.overwrite:
+        (folder / "limit.json").unlink(missing_ok=True)
     values = draw_samples(args, folder / "rewards.pt", inputs, sample, prompts, judges)
     found, shown = limit_numbers(values, args.b_values)
     write(folder / "limit.json", json.dumps(record | found, indent=1))
@@ -987,44 +959,32 @@ def limit(args):
 def read_verdict(reply):
     """1, 0 or ½ for A, B or tie as the last line of a reply. Raises ValueError."""
     line = re.sub(r"[^a-z]+", " ", ([""] + reply.strip().splitlines())[-1].lower()).strip()
-    match = re.fullmatch(r"(?:(?:my |the |final )*(?:answer|verdict|response|choice) )?(?:is )?(a|b|tie)", line)
+    words = "my |the |final |answer |verdict |response |choice |option |it |is |s "
+    match = re.fullmatch(rf"(?:{words})*(a|b|(?:a )?tie)", line)
     if not match:
         raise ValueError(f"no verdict in the reply {reply!r:.60}")
-    return {"a": 1.0, "b": 0.0, "tie": 0.5}[match[1]]
-
-
-def read_cache(file):
-    """{key: win} of a judge's replies so far."""
-    cache = {}
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-        with suppress(ValueError, LookupError, TypeError, AttributeError):  # of a line that was cut
-            row = json.loads(line)
-            cache[row["key"]] = read_verdict(row["reply"])
-    return cache
-
-
-def ask_judge(args, url, body):
-    """The reply of an OpenAI-compatible server."""
-    headers, key = {"Content-Type": "application/json"}, os.environ.get("OPENAI_API_KEY")
-    headers |= {"Authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=args.judge_timeout) as response:
-        return json.loads(response.read())["choices"][0]["message"]["content"]
+    return {"a": 1.0, "b": 0.0}.get(match[1], 0.5)
 
 
 def judge_wins(args, rows):
     """Wins of the first answer of each (prompt, answer, other answer): 1, ½ or 0, the mean over both orders of asking,
     None where one stays without a verdict. Equal answers tie unasked. Prints how many are unjudged."""
     url, lock, failures = f"{args.judge_url.rstrip('/')}/chat/completions", threading.Lock(), []
-    cache = read_cache(args.judge_cache)
-    args.judge_cache.parent.mkdir(parents=True, exist_ok=True)
-    stream = open(args.judge_cache, "a", buffering=1)  # a line at a time
+    headers, api_key = {"Content-Type": "application/json"}, os.environ.get("OPENAI_API_KEY")
+    headers |= {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    cache, file = {}, args.judge_cache  # {key: win} of the replies so far
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+        with suppress(ValueError, LookupError, TypeError, AttributeError):  # of a line that was cut
+            row = json.loads(line)
+            cache[row["key"]] = read_verdict(row["reply"])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    stream = open(file, "a", buffering=1)  # a line at a time
     stream.write("\n" if stream.tell() else "")  # the last line may have been cut
 
     def win(row):
-        if row[1] == row[2]:
-            return 0.5
         prompt, a, b = (text.strip() for text in row)
+        if a == b:
+            return 0.5
         text = f"Which of two answers to the end of this conversation is better?\n\n[Conversation]\n{prompt}\n\n"
         text += f"[Answer A]\n{a}\n\n[Answer B]\n{b}\n\nReply with one word: A, B or tie."
         body = {"model": args.judge_model, "messages": [{"role": "user", "content": text}], "temperature": 0}
@@ -1033,13 +993,17 @@ def judge_wins(args, rows):
         for attempt in range(0 if key in cache else args.judge_retries + 1):
             time.sleep(min(0.25 * 2**attempt, 8) if attempt else 0)
             try:
-                reply = ask_judge(args, url, body)
+                request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+                with urllib.request.urlopen(request, timeout=args.judge_timeout) as response:
+                    reply = json.load(response)["choices"][0]["message"]["content"]
                 with lock:
                     cache[key] = read_verdict(reply)
                     stream.write(json.dumps({"key": key, "reply": reply}) + "\n")
                 break
             except Exception as error:  # a server does wrong what it likes
                 reason = f"{type(error).__name__}: {error}"
+                if getattr(error, "code", 0) in (400, 401, 403, 404):  # the same again would be answered the same
+                    break
         if key not in cache:
             failures.append(reason)
         return cache.get(key)
@@ -1054,12 +1018,12 @@ def judge_wins(args, rows):
 
 
 def win_rate(wins):
-    """Mean of the wins (1, ½, 0) of one answer over another, [prompts], and its 95 % interval: Wilson's score interval,
-    which ties make a little too wide."""
+    """Mean of the wins (0 to 1) of one answer over another, [prompts], and its 95 % interval: Wilson's score interval,
+    which ties make too wide, by 40 % where half are ties."""
     if not len(wins):
         return {"win_rate": None, "low": None, "high": None, "prompts": 0}
-    share, z = wins.double().mean().item(), 1.96**2 / len(wins)
-    centre, half = (share + z / 2) / (1 + z), (z * share * (1 - share) + z**2 / 4) ** 0.5 / (1 + z)
+    share, v = wins.double().mean().item(), 1.96**2 / len(wins)  # v = z²/n
+    centre, half = (share + v / 2) / (1 + v), (v * share * (1 - share) + v**2 / 4) ** 0.5 / (1 + v)
     return {"win_rate": share, "low": centre - half, "high": centre + half, "prompts": len(wins)}
 
 
@@ -1070,8 +1034,9 @@ def compare(args):
     if args.judge_url and (not re.match("https?://", args.judge_url) or not args.judge_model):
         raise UserError("--judge-url: expected http://… or https://…, and the judge's name in --judge-model.")
     prompts, texts, values, sources = answer(args, args.eval_prompts, args.reference)
-    M, P, names = range(len(texts)), len(prompts), [name for name in JUDGES if name in values[0]]
-    wins = {k: {(i, j): (values[i][k] - values[j][k]).sign() / 2 + 0.5 for i in M for j in M} for k in names}
+    M, P, names = range(len(texts)), len(prompts), [name for name in SCORES if name in values[0]]
+    diff = {(i, j): torch.tensor([a != b for a, b in zip(texts[i], texts[j])]) for i in M for j in M}
+    wins = {k: {(i, j): ((values[i][k] - values[j][k]) * diff[i, j]).sign() / 2 + 0.5 for i, j in diff} for k in names}
     if args.judge_url:
         pairs, wins["judge"] = list(combinations(M, 2)), {(i, i): torch.full((P,), 0.5) for i in M}
         judged = judge_wins(args, [row for i, j in pairs for row in zip(prompts, texts[i], texts[j])])
@@ -1106,7 +1071,7 @@ def samples(args):
     for i, prompt in enumerate(prompts):
         parts += [f"## Prompt {i + 1}", *map(wrap, prompt.strip().splitlines())]
         for name, responses, found in zip(args.models, texts, values):
-            numbers = [f"{key} {found[key][i]:.2f}" for key in JUDGES if key in found]
+            numbers = [f"{key} {found[key][i]:.2f}" for key in SCORES if key in found]
             cut = "" if found["eos_rate"][i] else ", cut at the length limit"
             numbers.append(f"{found['length'][i]:.0f} tokens{cut}")
             parts += [f"**{name}**: {', '.join(numbers)}", *map(wrap, responses[i].strip().splitlines())]
@@ -1117,12 +1082,9 @@ def samples(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-COMMANDS = {Frontier: frontier, Limit: limit, Compare: compare, Samples: samples}
-
-
 def main(args):
     check(args)
-    return COMMANDS[type(args)](args)
+    return {Frontier: frontier, Limit: limit, Compare: compare, Samples: samples}[type(args)](args)
 
 
 if __name__ == "__main__":
@@ -1130,7 +1092,7 @@ if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     config = (tyro.conf.FlagCreatePairsOff,)
-    commands = {function.__name__: settings for settings, function in COMMANDS.items()}
+    commands = {"frontier": Frontier, "limit": Limit, "compare": Compare, "samples": Samples}
     args = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__, config=config)
     try:
         if isinstance(args, Compare | Samples):  # what is not given is as in the first run

@@ -1,7 +1,7 @@
 """IPO: Identity Preference Optimization (Azar et al. 2023, arXiv 2310.12036).
 
 As DPO, learn from labelled pairs by the policy's log-ratio to the reference, but ask for a margin of 1/(2τ) between the
-chosen and the rejected one instead of ever more: labels that are always the same way do not push π_θ off the reference.
+chosen and the rejected one instead of ever more: labels that all agree cannot push π_θ ever further off the reference.
 
 Objective    max_θ  E[ Ψ(p(y ≻ y')) ] − τ KL( π_θ ‖ π_ref )      Ψ the identity; p: probability to be preferred
 
@@ -15,7 +15,7 @@ Shapes: n pairs, N = 2n responses, T response tokens, V vocabulary, D hidden siz
 1-D id tensors, nothing padded; `logprobs` are per token, `logps` their sums over a response.
 
     python ipo.py                                                     the embedded world
-    python ipo.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; starts from what sft.py saved
+    python ipo.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; after sft.py
     python ipo.py --model FOLDER --dataset FILE.jsonl                 your own: columns prompt, chosen, rejected
 """
 
@@ -61,7 +61,7 @@ PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.m
     "sft/tldr": "trl-lib/pythia-{}-deduped-tldr-sft",
     "reward_model/tldr": "cleanrl/EleutherAI_pythia-{}-deduped__reward__tldr",
 }
-# Settings that may change when a run is resumed: what is left of it, and what changes memory and speed alone.
+# Settings that a resumed run may change: what is left of it (num_updates: if lr is constant), memory and speed alone.
 MAY_CHANGE = "args config resume overwrite debug track output_dir num_updates eval_every save_every device".split()
 MAY_CHANGE = {*MAY_CHANGE, "micro_batch_size", "gradient_checkpointing"}
 
@@ -101,7 +101,7 @@ class Args:
     trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
     dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
     subset: str = ""  # configuration of a hub dataset
-    split: str = ""  # split to train on (default: train); test or validation is held out, or else a tenth
+    split: str = ""  # split to train on (default: train, or the only one); test or validation is held out, or a tenth
     chat_template: str = ""  # file with the template that renders messages (default: the tokenizer's)
     map: tuple[str, ...] = ()  # prompt=question chosen=best …: columns that have other names than the script's
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
@@ -109,13 +109,13 @@ class Args:
     max_response_tokens: int = 128  # length limit of a response
     # Sizes
     data_epochs: int = 0  # passes over the training data (0: the script's choice, see `epochs` in main)
-    num_updates: int = 0  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
+    num_updates: int = 0  # rounds of sampling and training (online); optimizer steps at most (offline; 0: all data)
     minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products alone (float16 overflows: not offered)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and frozen weights (float16 overflows)
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
-    unfrozen_layers: int = 0  # train only the last layers, and the head if it has its own weights (0: everything)
-    lora_rank: int = 0  # train low-rank factors of those layers' weights alone, and save them alone (0: the weights)
+    unfrozen_layers: int = 0  # train only this many last layers, and the head if it has its own weights (0: all)
+    lora_rank: int = 0  # rank of adapters to those layers, then trained and saved alone (0: train the weights)
     # Optimiser
     learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # how the learning rate falls over the run
@@ -129,7 +129,7 @@ class Args:
     # Algorithm
     temperature: float = 1.0  # of the distribution sampled from, in every log-probability and KL too
     tau: float = 0.1  # τ, the weight of what keeps the policy at the reference
-    average_logprobs: bool = False  # of a pair's responses are means over tokens, not sums
+    average_logprobs: bool = False  # log π(y) of chosen and rejected is the mean over tokens, not the sum
 
 
 class UserError(Exception):
@@ -142,7 +142,7 @@ class RunError(Exception):
 
 # ------------------------------------------------------------------------------------------------ set up, find and load
 def set_up(args):
-    """The accelerator: one device, or one a process. Raises UserError for a number out of range, before all else."""
+    """The accelerator: one device a process. Raises UserError for a number out of range, before all else."""
     at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs ratio_bound"
     at_least_1 += " max_prompt_tokens max_response_tokens ref_samples_per_prompt"
     lowest = dict.fromkeys(at_least_1.split(), 1) | {"eval_prompts": 2, "temperature": 0.001}
@@ -154,10 +154,12 @@ def set_up(args):
         raise UserError("tiny/ lies beside the scripts in the repository: pass --model, --dataset and --reward-fn.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
+    if args.track:
+        import wandb  # noqa: F401  optional: if it is missing, no run is touched
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts, processes = args.minibatch_size, vars(args).get("prompts_per_update"), accelerator.num_processes
     if prompts and (prompts % size or size % processes):
-        wanted = f"a multiple of --minibatch-size, {size}, and that one of the {processes} processes"
+        wanted = f"a multiple of --minibatch-size, {size}, and that of the number of processes, {processes}"
         raise UserError(f"--prompts-per-update {prompts}: expected {wanted}.")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")
@@ -167,9 +169,9 @@ def set_up(args):
 def short_name(path):
     """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
     try:
-        return Path(json.loads((Path(path).parent / "args.json").read_text())["base_name"]).resolve().name
+        return os.path.basename(os.path.abspath(json.loads((Path(path).parent / "args.json").read_text())["base_name"]))
     except (OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
-        return re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+        return re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", os.path.basename(os.path.abspath(path)))
 
 
 def find_stage(stage, model, dataset):
@@ -180,8 +182,8 @@ def find_stage(stage, model, dataset):
     run = Path("runs") / stage / short_name(dataset) / short_name(model)
     with suppress(OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
         saved = json.loads((run / "args.json").read_text())
-        made_of, same = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
-        if same and made_of["dataset"] == dataset and (stage != "sft" or made_of["model"] == model):
+        there, ended = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
+        if ended and there["dataset"] == dataset and (stage != "sft" or there["model"] == model):
             return f"{run}/model"
     size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
     return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
@@ -190,11 +192,11 @@ def find_stage(stage, model, dataset):
 def fetch(kind, name, flag, load, **options):
     """load(name, **options), a hub id only after one request of at most 10 s has found it. Raises UserError."""
     try:
-        if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
+        if kind in ("model", "tokenizer", "dataset") and not Path(name).exists() and not constants.HF_HUB_OFFLINE:
             HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
         return load(name, **options)
     except Exception as error:
-        error = error.__cause__ or error  # of what the datasets library wraps
+        error = error.__cause__ or error  # the datasets library wraps the real one
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         where = "can be read from there" if Path(name).exists() else "is there, nor on huggingface.co"
         raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
@@ -266,6 +268,7 @@ def to_texts(row, columns, tokenizer):
     """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
     the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
     chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
+    columns = columns or ("completion",) * isinstance(row.get("chosen", row.get("completion")), list)
     keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
     prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
     for key, x in zip(keys, values):
@@ -301,17 +304,19 @@ def read_dataset(tokenizer, args, columns):
         raise UserError(f"{flag}: the file is empty.")
 
     def load(path):
-        if Path(path, "state.json").is_file():  # of save_to_disk
-            return {"train": datasets.load_from_disk(path)}, False
+        if any(Path(path, x).is_file() for x in ("state.json", "dataset_dict.json")):  # of save_to_disk
+            found = datasets.load_from_disk(path)
+            return found if isinstance(found, dict) else {"train": found}, False
         builder = datasets.load_dataset_builder(where, subset, data_files=files)
         is_json = type(builder).__name__.startswith("Json")  # in a folder its name goes on with the folder's
         source = ("text", None, None, builder.config.data_files) if is_json else (where, subset, None, files)
         return datasets.load_dataset(*source), is_json
 
     splits, is_json = fetch("dataset", path, "--dataset", load)
-    names = [x for x in dict.fromkeys((args.split or "train", "test", "validation")) if x in splits] or [*splits]
-    if args.split not in ("", names[0]):
-        raise UserError(f"--split {args.split}: {flag} has the splits {', '.join(splits)}.")
+    first = args.split or ("train" if len(splits) > 1 else [*splits][0])
+    if first not in splits:
+        raise UserError(f"--split {first}: {flag} has the splits {', '.join(splits)}.")
+    names = [x for x in dict.fromkeys((first, "test", "validation")) if x in splits]
     parts, renamed = [[] for _ in names[:2]], [x.partition("=")[::2] for x in args.map]
     for name, part in zip(names, parts):
         for number, row in enumerate(splits[name], 1):
@@ -466,7 +471,7 @@ class InplaceLayer(DynamicLayer):
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # only a scope, in which a weight is rounded to bfloat16 once, not at every token
+@torch.autocast("cpu", enabled=False)  # an outer scope: the inner ones share their bfloat16 copies of the weights
 def sample_responses(model, prompts, noise, temperature, end_ids):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
     `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
@@ -484,7 +489,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
     cache.batch_repeat_interleave(K)
     tokens, logprobs, lengths = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device), input_ids.new_zeros(N)
-    rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # kept
+    rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # in work; not ended
     for t in range(T):
         probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
         # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
@@ -535,8 +540,8 @@ def response_logprobs(model, prompts, responses, temperature, hidden=None):
     hidden = torch.cat([states[: len(y)] for states, y in zip(hidden, responses)]).float()  # [n, D], of response tokens
     tokens, nll = torch.cat(responses).to(hidden.device), partial(F.cross_entropy, reduction="none")
     logits = head if temperature == 1 else lambda h: head(h) / temperature
-    # Logits of many tokens would fill the memory: 7 million are a part (2^25 on a GPU), and where there are 5 or more,
-    # each part is made again in the backward pass.
+    # Logits of many tokens would fill the memory: without gradient, or from 5 parts of 7 million on (2^25 on a GPU),
+    # they are made part by part, and again in the backward pass.
     count = len(tokens) * len(head.weight) // (2**25 if hidden.is_cuda else 7_000_000) + 1
     if count < 5 and torch.is_grad_enabled():
         losses = [nll(logits(hidden), tokens)]
@@ -577,14 +582,14 @@ def in_batches(function, prompts, responses, batch_size=0):
         indices = [K * b + k for b in batch.tolist() for k in range(K)]
         results = function([prompts[b] for b in batch], [responses[i] for i in indices])
         found += zip(indices, [row.clone() for row in results.cpu()] if torch.is_tensor(results) else results)
-    rows = [row for _, row in sorted(gather_object(found), key=lambda pair: pair[0])]
+    rows = [row for _, row in sorted(gather_object(found))]  # by their numbers, all different
     if torch.is_tensor(rows[0]):
         return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
     return rows
 
 
 def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature, end_ids, batch_size):
-    """A point of the KL–reward frontier over B held-out prompts (docs/metrics.md), the responses, their rewards [B].
+    """Returns (point of the KL–reward frontier over B held-out prompts, docs/metrics.md; responses; their rewards [B]).
     `judges`: {"reward", maybe "gold": function of (prompts, responses)}; `sft_rewards` [B]: of the SFT policy's."""
     sample = partial(sample_responses, policy, temperature=temperature, end_ids=end_ids)
     token_kl = partial(response_kl, policy, reference, temperature=temperature)
@@ -594,14 +599,14 @@ def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature
     values["length"], values["eos_rate"] = torch.tensor([(len(y), y[-1] in end_ids) for y in responses]).T
     values["win_rate_vs_sft"] = (values["reward"] - sft_rewards).sign() / 2 + 0.5  # a tie is half a win
     point = {name: value.double().mean().item() for name, value in values.items()}
-    errors = {f"{name}_se": value.double().std().item() / len(prompts) ** 0.5 for name, value in values.items()}
+    errors = {f"{k}_se": v.double().std().item() / len(prompts) ** 0.5 for k, v in values.items() if len(prompts) > 1}
     return point | errors, responses, values["reward"]
 
 
 # ------------------------------------------------------------------------------------------ processes, checkpoints, run
 class Trained(torch.nn.Module):
     """What is trained, a module whose forward is function(model, …): DDP, FSDP and DeepSpeed bring gradients together
-    where the forward of the module they wrap is called; one of the model inside would skip that without a word."""
+    in the forward of the module they wrap; calling the inner model's would skip that without a word."""
 
     def __init__(self, model, function, *others):
         super().__init__()
@@ -631,7 +636,7 @@ def gathered(trained):
 
 def check_finite(folder, update, tokenizer, prompts, responses, **values):
     """Raises RunError where a value is not finite, after writing all of them, and the batch they are of, to the run's
-    folder. values: of the batch [], its prompts [B, …] or its responses [N]."""
+    folder. values: scalars, or a row for each prompt or each response."""
     bad = {name: value for name, value in values.items() if not value.isfinite().all()}
     if bad:
         rows = sorted({i for v in bad.values() if v.ndim for i in (~v.isfinite()).nonzero()[:, 0].tolist()})
@@ -644,7 +649,7 @@ def check_finite(folder, update, tokenizer, prompts, responses, **values):
 
 
 def open_run(accelerator, folder, args, **record):
-    """Make the run's folder, or go on in it: `record`, with what save_checkpoint was given last; None if it has ended.
+    """Make the run's folder, or go on in it. Returns `record | state of the last checkpoint`, None if it has ended.
     Raises UserError, before anything is changed, where the folder, its run or its checkpoint does not fit."""
     commit = subprocess.getoutput(f"git -C '{TINY.parent}' rev-parse HEAD 2> /dev/null")
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
@@ -676,10 +681,11 @@ def open_run(accelerator, folder, args, **record):
         except Exception as error:
             wrong = f"is damaged ({type(error).__name__}: {error})"
         if wrong or not (ended or args.resume):
-            wrong = wrong or "is of a run that has not ended: pass --resume to go on with it"
-            raise UserError(f"{where} {wrong}. Or pass --overwrite to replace the run, or another --output-dir.")
+            wrong = wrong or "is of a run that has not ended: --resume goes on with it"
+            raise UserError(f"{where} {wrong}. Pass --overwrite to replace the run, or another --output-dir.")
         if ended:
-            return print("ended         this run was made before (--overwrite makes it again)")
+            print("ended         this run was made before (--overwrite makes it again)")
+            return None
         print(f"resumed       {f'from {last}' if last else 'from the beginning, there is no checkpoint yet'}")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -738,8 +744,8 @@ def save_checkpoint(accelerator, folder, writer, state):
 
 
 def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs):
-    """The model in folder/model, plain files of transformers, in place when they are whole and, loaded again, compute
-    the same of `inputs`, trained's arguments (to 1e-5 relative). Raises RunError."""
+    """The model in folder/model, plain files of transformers, put there once they are whole and, loaded again, give the
+    same (to 1e-5 relative) as `trained` does of `inputs`. Raises RunError."""
     part, weights, inner = folder / "model.part", accelerator.get_state_dict(trained), accelerator.unwrap_model(trained)
     with torch.no_grad(), gathered(inner):
         expected = inner(*inputs)
@@ -816,7 +822,7 @@ def main(args):
             found = reward_model.config.num_labels, reward_model.get_input_embeddings().num_embeddings
             if found[0] != 1 or found[1] < len(tokenizer) or not hasattr(reward_model, "score") or not same:
                 wanted = f"expected a score and the policy's {len(tokenizer)} tokens, found {found[0]} and {found[1]}"
-                raise UserError(f"--reward-model {reward_path}: {wanted}; --reward-fn takes others.")
+                raise UserError(f"--reward-model {reward_path}: {wanted}{' others' * (not same)}; use --reward-fn.")
             judges["reward"] = partial(in_batches, partial(response_scores, reward_model), batch_size=max_rows)
         return reference, judges | ({"gold": text_reward(gold_fn, "--gold-fn", tokenizer)} if gold_fn else {})
 
@@ -839,7 +845,8 @@ def main(args):
     num_updates = min(args.num_updates or math.inf, epochs * math.ceil(len(rows) / args.minibatch_size))
     lr = args.learning_rate or (1e-4 if args.model == "tiny" else 1e-6)
     optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay, fused=True)
-    scheduler = transformers.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, num_updates)
+    schedule = args.lr_schedule.replace("constant", "constant_with_warmup")
+    scheduler = transformers.get_scheduler(schedule, optimizer, args.warmup_updates, num_updates)
     trained, optimizer = accelerator.prepare(Trained(policy, response_logprobs), optimizer)
     base = "tiny" if args.model == "tiny" else short_name(policy_path)
     folder = Path(args.output_dir or f"runs/{NAME}/{short_name(args.dataset)}/{base}")
@@ -858,13 +865,13 @@ def main(args):
     ref_logps, eval_ref_logps = stored(accelerator, make_store, kind="log-probabilities of pairs", **inputs).values()
     counts, eval_counts = counts_of(responses), counts_of(eval_pairs[1])
     ref_logps, eval_ref_logps = ref_logps / counts, eval_ref_logps / eval_counts
-    noise = torch.Generator().manual_seed(args.seed)
-    sft_noise, eval_noise = torch.rand(2, len(eval_prompts), T, dtype=torch.float64, generator=noise)
-    sample = partial(sample_responses, reference, temperature=args.temperature, end_ids=end_ids)
-    if "reward" in judges:
+    generator = torch.Generator().manual_seed(args.seed)
+    sft_noise, eval_noise = torch.rand(2, len(eval_prompts), T, dtype=torch.float64, generator=generator)
+    if reward_path:
+        sample = partial(sample_responses, reference, temperature=args.temperature, end_ids=end_ids)
         sft_responses = [y for y, _ in in_batches(sample, eval_prompts, sft_noise)]
         sft_rewards = judges["reward"](eval_prompts, sft_responses)
-    del reference, judges, sample
+    reference = judges = sample = None  # out of memory while training
     gc.collect()
 
     # ------------------------------------------------------------------------- training
@@ -874,7 +881,7 @@ def main(args):
     order.set_state(run.get("order", order.get_state()))
     scheduler.load_state_dict(run.get("scheduler", scheduler.state_dict()))
     processes, rank, caught = accelerator.num_processes, accelerator.process_index, []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM):  # the third at once: launchers pass each on a second time
         signal.signal(number, lambda n, at: signal.default_int_handler(n, at) if len(caught) > 1 else caught.append(n))
     progress = tqdm(total=num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
     for update in range(start, num_updates + 1):  # the last round only saves and evaluates
@@ -909,7 +916,8 @@ def main(args):
             log(folder / "frontier.jsonl", writer, update, point)
             means = ", ".join(f"{k} {v:.3g}" for k, v in point.items() if k[-3:] != "_se" and k[:6] != "policy")
             tqdm.write(f"\nafter {update} updates: {means}")
-            tqdm.write("   prompt {}\n   before {}\n   now    {}".format(*shown)) if reward_path else None
+            if reward_path:
+                tqdm.write("   prompt {}\n   before {}\n   now    {}".format(*shown))
         if update == num_updates:
             break
 
@@ -920,8 +928,8 @@ def main(args):
         minibatch = queue.pop(0)
         shares = [minibatch[lengths[minibatch].argsort()][p::processes] for p in range(processes)]
         size = max(1, max_rows // 2)
-        own = [rows for rows in shares[rank].split(size) if len(rows)]
-        micros = [*own, minibatch[:1]][: math.ceil(len(shares[0]) / size)]  # as many in all processes, for FSDP
+        own = [part for part in shares[rank].split(size) if len(part)]
+        micros = [*own, minibatch[:1]][: math.ceil(len(shares[0]) / size)]  # as many in all, for FSDP: a filler
         stats, all_logps = Counter(), []
         for micro in micros:
             accelerator.sync_gradients = micro is micros[-1]  # gradients cross processes once, with the last
@@ -930,7 +938,7 @@ def main(args):
                 logps = trained(*inputs, args.temperature).double().sum(1).view(-1, 2)  # [n, 2]: chosen, rejected
                 logps = logps / counts[micro].to(logps.device)
                 loss, metrics = preference_loss(*logps.T, *ref_logps[micro].to(logps.device).T, *options)
-                # The loss is a mean over the whole minibatch; a row that only makes up the number does not count.
+                # The loss is a mean over the whole minibatch, in which a filler row counts 0.
                 share = len(micro) / len(minibatch) * (len(all_logps) < len(own))
                 accelerator.backward(loss * share * processes)  # gradients: mean over the processes
             all_logps.append(logps.detach())

@@ -20,7 +20,7 @@ Shapes: B prompts, K responses to each, N = B·K rows, T response tokens, V voca
 responses are lists of 1-D id tensors, nothing padded; `logprobs` are per token, `logps` their sums over a response.
 
     python p3o_v1.py                                                     the embedded world, 2 minutes on a laptop
-    python p3o_v1.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; starts from what the two stages saved
+    python p3o_v1.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; after sft.py and reward_model.py
     python p3o_v1.py --model FOLDER --dataset FILE.jsonl --reward-fn my_reward.py:f
 """
 
@@ -65,7 +65,7 @@ PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.m
     "sft/tldr": "trl-lib/pythia-{}-deduped-tldr-sft",
     "reward_model/tldr": "cleanrl/EleutherAI_pythia-{}-deduped__reward__tldr",
 }
-# Settings that may change when a run is resumed: what is left of it, and what changes memory and speed alone.
+# Settings that a resumed run may change: what is left of it (num_updates: if lr is constant), memory and speed alone.
 MAY_CHANGE = "args config resume overwrite debug track output_dir num_updates eval_every save_every device".split()
 MAY_CHANGE = {*MAY_CHANGE, "micro_batch_size", "gradient_checkpointing"}
 
@@ -78,11 +78,11 @@ def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_
     logratio = logps - old_logps  # log ρ                                            [B, K]
     h = (logps - ref_logps).detach()  # of the current π_θ: the KL penalty enters here and nowhere else  [B, K]
     q = (rewards[:, first] - rewards[:, second]) - beta * (h[:, first] - h[:, second])  # [B, P]
-    ratio = (logratio - (logratio.detach() - 20).clamp(min=0)).exp()  # ρ, at most e^20: finite  [B, K]
+    ratio = (logratio - (logratio.detach() - 20).clamp(min=0)).exp()  # ρ, at most e^20, its gradient kept  [B, K]
     w = ratio.detach().clamp(1 / ratio_bound, ratio_bound)  # [B, K]
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) if clip_range > 0 else ratio
-    signal = torch.stack([-q * w[:, second], q * w[:, first]])  # of y_1, of y_2      [2, B, P]
-    losses, clipped_losses = (signal * torch.stack([x[:, first], x[:, second]]) for x in (ratio, clipped))  # [2, B, P]
+    slopes = torch.stack([-q * w[:, second], q * w[:, first]])  # of the loss in ρ_1, in ρ_2  [2, B, P]
+    losses, clipped_losses = (slopes * torch.stack([x[:, first], x[:, second]]) for x in (ratio, clipped))  # [2, B, P]
     loss = 0.5 * torch.maximum(losses, clipped_losses).sum(0).mean()
     ratio, pair_weight = ratio.detach(), q * w[:, first] * w[:, second] / 2
     metrics = {"policy/loss": loss.detach(), "policy/clipfrac": (clipped_losses > losses).double().mean()}
@@ -113,23 +113,23 @@ class Args:
     trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
     dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
     subset: str = ""  # configuration of a hub dataset
-    split: str = ""  # split to train on (default: train); test or validation is held out, or else a tenth
+    split: str = ""  # split to train on (default: train, or the only one); test or validation is held out, or a tenth
     chat_template: str = ""  # file with the template that renders messages (default: the tokenizer's)
     map: tuple[str, ...] = ()  # prompt=question chosen=best …: columns that have other names than the script's
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
     truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
     # Sizes
-    num_updates: int = 60  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
+    num_updates: int = 60  # rounds of sampling and training (online); optimizer steps at most (offline; 0: all data)
     prompts_per_update: int = 32  # prompts sampled in an update
     num_responses: int = 4  # responses sampled to each prompt, K
     num_epochs: int = 4  # passes over the samples of an update
     minibatch_size: int = 8  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products alone (float16 overflows: not offered)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and frozen weights (float16 overflows)
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
-    unfrozen_layers: int = 0  # train only the last layers, and the head if it has its own weights (0: everything)
-    lora_rank: int = 0  # train low-rank factors of those layers' weights alone, and save them alone (0: the weights)
+    unfrozen_layers: int = 0  # train only this many last layers, and the head if it has its own weights (0: all)
+    lora_rank: int = 0  # rank of adapters to those layers, then trained and saved alone (0: train the weights)
     # Optimiser
     learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
     weight_decay: float = 1e-6  # AdamW's, decoupled
@@ -157,7 +157,7 @@ class RunError(Exception):
 
 # ----------------------------------------------------------------------------------------------- set up, find and load
 def set_up(args):
-    """The accelerator: one device, or one a process. Raises UserError for a number out of range, before all else."""
+    """The accelerator: one device a process. Raises UserError for a number out of range, before all else."""
     at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs ratio_bound"
     at_least_1 += " max_prompt_tokens max_response_tokens ref_samples_per_prompt"
     lowest = dict.fromkeys(at_least_1.split(), 1) | {"eval_prompts": 2, "temperature": 0.001}
@@ -169,10 +169,12 @@ def set_up(args):
         raise UserError("tiny/ lies beside the scripts in the repository: pass --model, --dataset and --reward-fn.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
+    if args.track:
+        import wandb  # noqa: F401  optional: if it is missing, no run is touched
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts, processes = args.minibatch_size, vars(args).get("prompts_per_update"), accelerator.num_processes
     if prompts and (prompts % size or size % processes):
-        wanted = f"a multiple of --minibatch-size, {size}, and that one of the {processes} processes"
+        wanted = f"a multiple of --minibatch-size, {size}, and that of the number of processes, {processes}"
         raise UserError(f"--prompts-per-update {prompts}: expected {wanted}.")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")
@@ -182,9 +184,9 @@ def set_up(args):
 def short_name(path):
     """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
     try:
-        return Path(json.loads((Path(path).parent / "args.json").read_text())["base_name"]).resolve().name
+        return os.path.basename(os.path.abspath(json.loads((Path(path).parent / "args.json").read_text())["base_name"]))
     except (OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
-        return re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+        return re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", os.path.basename(os.path.abspath(path)))
 
 
 def find_stage(stage, model, dataset):
@@ -195,8 +197,8 @@ def find_stage(stage, model, dataset):
     run = Path("runs") / stage / short_name(dataset) / short_name(model)
     with suppress(OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
         saved = json.loads((run / "args.json").read_text())
-        made_of, same = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
-        if same and made_of["dataset"] == dataset and (stage != "sft" or made_of["model"] == model):
+        there, ended = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
+        if ended and there["dataset"] == dataset and (stage != "sft" or there["model"] == model):
             return f"{run}/model"
     size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
     return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
@@ -205,11 +207,11 @@ def find_stage(stage, model, dataset):
 def fetch(kind, name, flag, load, **options):
     """load(name, **options), a hub id only after one request of at most 10 s has found it. Raises UserError."""
     try:
-        if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
+        if kind in ("model", "tokenizer", "dataset") and not Path(name).exists() and not constants.HF_HUB_OFFLINE:
             HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
         return load(name, **options)
     except Exception as error:
-        error = error.__cause__ or error  # of what the datasets library wraps
+        error = error.__cause__ or error  # the datasets library wraps the real one
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         where = "can be read from there" if Path(name).exists() else "is there, nor on huggingface.co"
         raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
@@ -281,6 +283,7 @@ def to_texts(row, columns, tokenizer):
     """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
     the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
     chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
+    columns = columns or ("completion",) * isinstance(row.get("chosen", row.get("completion")), list)
     keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
     prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
     for key, x in zip(keys, values):
@@ -316,17 +319,19 @@ def read_dataset(tokenizer, args, columns):
         raise UserError(f"{flag}: the file is empty.")
 
     def load(path):
-        if Path(path, "state.json").is_file():  # of save_to_disk
-            return {"train": datasets.load_from_disk(path)}, False
+        if any(Path(path, x).is_file() for x in ("state.json", "dataset_dict.json")):  # of save_to_disk
+            found = datasets.load_from_disk(path)
+            return found if isinstance(found, dict) else {"train": found}, False
         builder = datasets.load_dataset_builder(where, subset, data_files=files)
         is_json = type(builder).__name__.startswith("Json")  # in a folder its name goes on with the folder's
         source = ("text", None, None, builder.config.data_files) if is_json else (where, subset, None, files)
         return datasets.load_dataset(*source), is_json
 
     splits, is_json = fetch("dataset", path, "--dataset", load)
-    names = [x for x in dict.fromkeys((args.split or "train", "test", "validation")) if x in splits] or [*splits]
-    if args.split not in ("", names[0]):
-        raise UserError(f"--split {args.split}: {flag} has the splits {', '.join(splits)}.")
+    first = args.split or ("train" if len(splits) > 1 else [*splits][0])
+    if first not in splits:
+        raise UserError(f"--split {first}: {flag} has the splits {', '.join(splits)}.")
+    names = [x for x in dict.fromkeys((first, "test", "validation")) if x in splits]
     parts, renamed = [[] for _ in names[:2]], [x.partition("=")[::2] for x in args.map]
     for name, part in zip(names, parts):
         for number, row in enumerate(splits[name], 1):
@@ -353,7 +358,7 @@ def load_prompts(tokenizer, args):
     """(train, --eval-prompts held-out) prompts as 1-D ids, each once; prints what is left out. Raises UserError."""
     parts, length = read_dataset(tokenizer, args, ()), args.max_prompt_tokens
     for i, name in enumerate(("train", "held-out")):
-        texts, empty = [*dict.fromkeys(x for x, *_ in parts[i] if x)], sum(not x for x, *_ in parts[i])
+        texts, empty = [*dict.fromkeys(x for x, *_ in parts[i] if x.strip())], sum(not x.strip() for x, *_ in parts[i])
         ids = tokenizer(texts).input_ids if texts else []
         long, done = sum(len(x) > length for x in ids), "cut on the left" if args.truncate_prompts else "dropped"
         parts[i] = [torch.tensor(x[-length:]) for x in ids if args.truncate_prompts or len(x) <= length]
@@ -434,7 +439,7 @@ class InplaceLayer(DynamicLayer):
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # only a scope, in which a weight is rounded to bfloat16 once, not at every token
+@torch.autocast("cpu", enabled=False)  # an outer scope: the inner ones share their bfloat16 copies of the weights
 def sample_responses(model, prompts, noise, temperature, end_ids):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
     `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
@@ -452,7 +457,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
     cache.batch_repeat_interleave(K)
     tokens, logprobs, lengths = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device), input_ids.new_zeros(N)
-    rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # kept
+    rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # in work; not ended
     for t in range(T):
         probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
         # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
@@ -503,8 +508,8 @@ def response_logprobs(model, prompts, responses, temperature, hidden=None):
     hidden = torch.cat([states[: len(y)] for states, y in zip(hidden, responses)]).float()  # [n, D], of response tokens
     tokens, nll = torch.cat(responses).to(hidden.device), partial(F.cross_entropy, reduction="none")
     logits = head if temperature == 1 else lambda h: head(h) / temperature
-    # Logits of many tokens would fill the memory: 7 million are a part (2^25 on a GPU), and where there are 5 or more,
-    # each part is made again in the backward pass.
+    # Logits of many tokens would fill the memory: without gradient, or from 5 parts of 7 million on (2^25 on a GPU),
+    # they are made part by part, and again in the backward pass.
     count = len(tokens) * len(head.weight) // (2**25 if hidden.is_cuda else 7_000_000) + 1
     if count < 5 and torch.is_grad_enabled():
         losses = [nll(logits(hidden), tokens)]
@@ -545,14 +550,14 @@ def in_batches(function, prompts, responses, batch_size=0):
         indices = [K * b + k for b in batch.tolist() for k in range(K)]
         results = function([prompts[b] for b in batch], [responses[i] for i in indices])
         found += zip(indices, [row.clone() for row in results.cpu()] if torch.is_tensor(results) else results)
-    rows = [row for _, row in sorted(gather_object(found), key=lambda pair: pair[0])]
+    rows = [row for _, row in sorted(gather_object(found))]  # by their numbers, all different
     if torch.is_tensor(rows[0]):
         return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
     return rows
 
 
 def centre_and_scale(scores, running):
-    """Rewards [B, K]: scores less the prompt's mean, over their running root mean square, clipped to ±10; that scale.
+    """Rewards [B, K] and their scale: scores less the prompt's mean, over their running root mean square, within ±10.
     What is added to all scores of a prompt has no effect. `running`: [sum of squares, degrees of freedom] so far."""
     deviations = scores.double() - scores.double().mean(1, keepdim=True)
     running[0] += deviations.square().sum().item()
@@ -562,7 +567,7 @@ def centre_and_scale(scores, running):
 
 
 def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature, end_ids, batch_size):
-    """A point of the KL–reward frontier over B held-out prompts (docs/metrics.md), the responses, their rewards [B].
+    """Returns (point of the KL–reward frontier over B held-out prompts, docs/metrics.md; responses; their rewards [B]).
     `judges`: {"reward", maybe "gold": function of (prompts, responses)}; `sft_rewards` [B]: of the SFT policy's."""
     sample = partial(sample_responses, policy, temperature=temperature, end_ids=end_ids)
     token_kl = partial(response_kl, policy, reference, temperature=temperature)
@@ -572,14 +577,14 @@ def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature
     values["length"], values["eos_rate"] = torch.tensor([(len(y), y[-1] in end_ids) for y in responses]).T
     values["win_rate_vs_sft"] = (values["reward"] - sft_rewards).sign() / 2 + 0.5  # a tie is half a win
     point = {name: value.double().mean().item() for name, value in values.items()}
-    errors = {f"{name}_se": value.double().std().item() / len(prompts) ** 0.5 for name, value in values.items()}
+    errors = {f"{k}_se": v.double().std().item() / len(prompts) ** 0.5 for k, v in values.items() if len(prompts) > 1}
     return point | errors, responses, values["reward"]
 
 
 # ------------------------------------------------------------------------------------------ processes, checkpoints, run
 class Trained(torch.nn.Module):
     """What is trained, a module whose forward is function(model, …): DDP, FSDP and DeepSpeed bring gradients together
-    where the forward of the module they wrap is called; one of the model inside would skip that without a word."""
+    in the forward of the module they wrap; calling the inner model's would skip that without a word."""
 
     def __init__(self, model, function, *others):
         super().__init__()
@@ -609,7 +614,7 @@ def gathered(trained):
 
 def check_finite(folder, update, tokenizer, prompts, responses, **values):
     """Raises RunError where a value is not finite, after writing all of them, and the batch they are of, to the run's
-    folder. values: of the batch [], its prompts [B, …] or its responses [N]."""
+    folder. values: scalars, or a row for each prompt or each response."""
     bad = {name: value for name, value in values.items() if not value.isfinite().all()}
     if bad:
         rows = sorted({i for v in bad.values() if v.ndim for i in (~v.isfinite()).nonzero()[:, 0].tolist()})
@@ -622,7 +627,7 @@ def check_finite(folder, update, tokenizer, prompts, responses, **values):
 
 
 def open_run(accelerator, folder, args, **record):
-    """Make the run's folder, or go on in it: `record`, with what save_checkpoint was given last; None if it has ended.
+    """Make the run's folder, or go on in it. Returns `record | state of the last checkpoint`, None if it has ended.
     Raises UserError, before anything is changed, where the folder, its run or its checkpoint does not fit."""
     commit = subprocess.getoutput(f"git -C '{TINY.parent}' rev-parse HEAD 2> /dev/null")
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
@@ -654,10 +659,11 @@ def open_run(accelerator, folder, args, **record):
         except Exception as error:
             wrong = f"is damaged ({type(error).__name__}: {error})"
         if wrong or not (ended or args.resume):
-            wrong = wrong or "is of a run that has not ended: pass --resume to go on with it"
-            raise UserError(f"{where} {wrong}. Or pass --overwrite to replace the run, or another --output-dir.")
+            wrong = wrong or "is of a run that has not ended: --resume goes on with it"
+            raise UserError(f"{where} {wrong}. Pass --overwrite to replace the run, or another --output-dir.")
         if ended:
-            return print("ended         this run was made before (--overwrite makes it again)")
+            print("ended         this run was made before (--overwrite makes it again)")
+            return None
         print(f"resumed       {f'from {last}' if last else 'from the beginning, there is no checkpoint yet'}")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -716,8 +722,8 @@ def save_checkpoint(accelerator, folder, writer, state):
 
 
 def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs):
-    """The model in folder/model, plain files of transformers, in place when they are whole and, loaded again, compute
-    the same of `inputs`, trained's arguments (to 1e-5 relative). Raises RunError."""
+    """The model in folder/model, plain files of transformers, put there once they are whole and, loaded again, give the
+    same (to 1e-5 relative) as `trained` does of `inputs`. Raises RunError."""
     part, weights, inner = folder / "model.part", accelerator.get_state_dict(trained), accelerator.unwrap_model(trained)
     with torch.no_grad(), gathered(inner):
         expected = inner(*inputs)
@@ -762,14 +768,14 @@ def main(args):
         raise UserError(f"--num-responses {args.num_responses}: P3O compares responses to a prompt, at least 2.")
     policy_path = find_stage("sft", args.model, args.dataset) or args.model
     policy = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args, train=True)
+    reward_path = args.reward_fn or args.reward_model or find_stage("reward_model", args.model, args.dataset)
+    if not reward_path:
+        raise UserError(f"no reward: run reward_model.py on {args.dataset}, or pass --reward-model or --reward-fn.")
     reference = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args)
     frozen = {k.replace(".base_layer", ""): w.data for k, w in policy.named_parameters() if not w.requires_grad}
     for name, weight in reference.named_parameters():
         weight.data = frozen.get(name, weight.data)  # what is frozen, once in memory
     tokenizer, end_ids = load_tokenizer(policy_path, policy, args)
-    reward_path = args.reward_fn or args.reward_model or find_stage("reward_model", args.model, args.dataset)
-    if not reward_path:
-        raise UserError(f"no reward: run reward_model.py on {args.dataset}, or pass --reward-model or --reward-fn.")
     why = "no SFT run for it" if policy_path == args.model else f"for --model {args.model}"
     print(f"policy        {policy_path} ({why}); the reference is the same, frozen")
     print(f"reward        {reward_path} (--reward-model or --reward-fn change it)")
@@ -784,7 +790,7 @@ def main(args):
         found = reward_model.config.num_labels, reward_model.get_input_embeddings().num_embeddings
         if found[0] != 1 or found[1] < len(tokenizer) or not hasattr(reward_model, "score") or not same:
             wanted = f"expected a score and the policy's {len(tokenizer)} tokens, found {found[0]} and {found[1]}"
-            raise UserError(f"--reward-model {reward_path}: {wanted}; --reward-fn takes others.")
+            raise UserError(f"--reward-model {reward_path}: {wanted}{' others' * (not same)}; use --reward-fn.")
         score = partial(in_batches, partial(response_scores, reward_model), batch_size=args.micro_batch_size)
     gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
     judges = {"reward": score} | ({"gold": text_reward(gold_fn, "--gold-fn", tokenizer)} if gold_fn else {})
@@ -816,18 +822,22 @@ def main(args):
 
     # ------------------------------------------------------------------------- training
     start, queue, running = run.get("update", 0), run.get("queue", []), run.get("running", [0.0, 0])
+    kl, low_kl = run.get("kl", 0.0), run.get("low_kl", 0)
     generator.set_state(run.get("generator", generator.get_state()))
-    processes, rank, caught, low_kl = accelerator.num_processes, accelerator.process_index, [], 0
+    processes, rank, caught = accelerator.num_processes, accelerator.process_index, []
     max_norm = args.max_grad_norm or math.inf
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM):  # the third at once: launchers pass each on a second time
         signal.signal(number, lambda n, at: signal.default_int_handler(n, at) if len(caught) > 1 else caught.append(n))
     progress = tqdm(total=args.num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
     for update in range(start, args.num_updates + 1):  # the last round only saves and evaluates
         # 0. Every so often save what a resume needs, and evaluate the policy as it is after so many updates.
         stop = gather_object(caught)
+        if 0 < args.target_kl < kl:
+            args.num_updates = update
+            tqdm.write(f"ends after {update} updates: the KL, {kl:.3g}, passes --target-kl")
         if update > start and (stop or update == args.num_updates or args.save_every and update % args.save_every == 0):
             state = {"update": update, "queue": queue, "running": running, "generator": generator.get_state()}
-            save_checkpoint(accelerator, folder, writer, run | state)
+            save_checkpoint(accelerator, folder, writer, run | state | {"kl": kl, "low_kl": low_kl})
         if stop:
             print(f"\nstopped after {update} updates: the same command with --resume goes on", file=sys.stderr)
             sys.exit(128 + stop[0])
@@ -860,8 +870,8 @@ def main(args):
         r, scale = centre_and_scale(scores - args.missing_eos_penalty * ~ended, running)  # [B, K]
         clock.append(time.perf_counter())
 
-        # 3. log π_ref of the responses. log π_old was recorded while sampling, but bfloat16 rounds otherwise there:
-        # then training's own forward gives it, here for all but the first minibatch, which gets it in its own step.
+        # 3. log π_ref of the responses. log π_old was recorded while sampling; in bfloat16, which rounds differently
+        # there, training's own forward gives it: here but for the first minibatch, which gets it in its own step.
         logprobs_of = partial(response_logprobs, temperature=args.temperature)
         ref_logprobs = in_batches(partial(logprobs_of, reference), batch, y, max_rows)
         sampled_logprobs = pad_sequence(sampled_logprobs, batch_first=True)
@@ -920,11 +930,8 @@ def main(args):
         log(folder / "metrics.jsonl", writer, update + 1, metrics)
         progress.set_postfix_str(f"reward {scores.mean():.2f}, KL {-d.sum(1).mean():.1f}, {len(y) / seconds:.0f}/s")
         progress.update()
-        if 0 < args.target_kl < metrics["objective/kl"]:
-            args.num_updates = update + 1
-            tqdm.write(f"ends after {update + 1} updates: the KL, {metrics['objective/kl']:.3g}, passes --target-kl")
-        low_kl = low_kl + 1 if metrics["objective/kl_k1"] < -0.1 or low_kl > 4 else 0
-        if low_kl == 5:  # in a row
+        kl, low_kl = metrics["objective/kl"], low_kl + 1 if metrics["objective/kl_k1"] < -0.1 or low_kl > 4 else 0
+        if low_kl == 5:  # in a row; said once
             tqdm.write("warning: mean KL below 0: sampler, masks and log-probabilities may not be of one policy")
     progress.close()
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):

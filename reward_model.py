@@ -10,7 +10,7 @@ r_φ is the SFT policy's trunk with a scalar head, read at the last token: end-o
 Shapes: N rows, T response tokens, D hidden size. Prompts and responses are lists of 1-D id tensors, nothing padded.
 
     python reward_model.py                                                     the embedded world, from its SFT policy
-    python reward_model.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; starts from what sft.py saved
+    python reward_model.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; after sft.py
     python reward_model.py --model FOLDER --dataset FILE.jsonl                 your own: prompt, chosen, rejected
 """
 
@@ -53,7 +53,7 @@ PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.m
     "sft/tldr": "trl-lib/pythia-{}-deduped-tldr-sft",
     "reward_model/tldr": "cleanrl/EleutherAI_pythia-{}-deduped__reward__tldr",
 }
-# Settings that may change when a run is resumed: what is left of it, and what changes memory and speed alone.
+# Settings that a resumed run may change: what is left of it (num_updates: if lr is constant), memory and speed alone.
 MAY_CHANGE = "args config resume overwrite debug track output_dir num_updates eval_every save_every device".split()
 MAY_CHANGE = {*MAY_CHANGE, "micro_batch_size", "gradient_checkpointing"}
 
@@ -86,7 +86,7 @@ class Args:
     # Data
     dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
     subset: str = ""  # configuration of a hub dataset
-    split: str = ""  # split to train on (default: train); test or validation is held out, or else a tenth
+    split: str = ""  # split to train on (default: train, or the only one); test or validation is held out, or a tenth
     chat_template: str = ""  # file with the template that renders messages (default: the tokenizer's)
     map: tuple[str, ...] = ()  # prompt=question chosen=best …: columns that have other names than the script's
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
@@ -94,12 +94,12 @@ class Args:
     max_response_tokens: int = 128  # length limit of a response
     # Sizes
     data_epochs: int = 0  # passes over the training data (0: the script's choice, see `epochs` in main)
-    num_updates: int = 0  # rounds of sampling, with epochs (online); optimizer steps at most (offline; 0: all data)
+    num_updates: int = 0  # rounds of sampling and training (online); optimizer steps at most (offline; 0: all data)
     minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products alone (float16 overflows: not offered)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and frozen weights (float16 overflows)
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
-    unfrozen_layers: int = 0  # train only the last layers, and the head if it has its own weights (0: everything)
+    unfrozen_layers: int = 0  # train only this many last layers, and the head if it has its own weights (0: all)
     # Optimiser
     learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # how the learning rate falls over the run
@@ -122,7 +122,7 @@ class RunError(Exception):
 
 # ----------------------------------------------------------------------------------------------- set up, find and load
 def set_up(args):
-    """The accelerator: one device, or one a process. Raises UserError for a number out of range, before all else."""
+    """The accelerator: one device a process. Raises UserError for a number out of range, before all else."""
     at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs ratio_bound"
     at_least_1 += " max_prompt_tokens max_response_tokens ref_samples_per_prompt"
     lowest = dict.fromkeys(at_least_1.split(), 1) | {"eval_prompts": 2, "temperature": 0.001}
@@ -134,10 +134,12 @@ def set_up(args):
         raise UserError("tiny/ lies beside the scripts in the repository: pass --model, --dataset and --reward-fn.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
+    if args.track:
+        import wandb  # noqa: F401  optional: if it is missing, no run is touched
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts, processes = args.minibatch_size, vars(args).get("prompts_per_update"), accelerator.num_processes
     if prompts and (prompts % size or size % processes):
-        wanted = f"a multiple of --minibatch-size, {size}, and that one of the {processes} processes"
+        wanted = f"a multiple of --minibatch-size, {size}, and that of the number of processes, {processes}"
         raise UserError(f"--prompts-per-update {prompts}: expected {wanted}.")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")
@@ -147,9 +149,9 @@ def set_up(args):
 def short_name(path):
     """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
     try:
-        return Path(json.loads((Path(path).parent / "args.json").read_text())["base_name"]).resolve().name
+        return os.path.basename(os.path.abspath(json.loads((Path(path).parent / "args.json").read_text())["base_name"]))
     except (OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
-        return re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", Path(path).resolve().name)
+        return re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", os.path.basename(os.path.abspath(path)))
 
 
 def find_stage(stage, model, dataset):
@@ -160,8 +162,8 @@ def find_stage(stage, model, dataset):
     run = Path("runs") / stage / short_name(dataset) / short_name(model)
     with suppress(OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
         saved = json.loads((run / "args.json").read_text())
-        made_of, same = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
-        if same and made_of["dataset"] == dataset and (stage != "sft" or made_of["model"] == model):
+        there, ended = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
+        if ended and there["dataset"] == dataset and (stage != "sft" or there["model"] == model):
             return f"{run}/model"
     size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
     return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
@@ -170,11 +172,11 @@ def find_stage(stage, model, dataset):
 def fetch(kind, name, flag, load, **options):
     """load(name, **options), a hub id only after one request of at most 10 s has found it. Raises UserError."""
     try:
-        if not Path(name).exists() and not constants.HF_HUB_OFFLINE:
+        if kind in ("model", "tokenizer", "dataset") and not Path(name).exists() and not constants.HF_HUB_OFFLINE:
             HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
         return load(name, **options)
     except Exception as error:
-        error = error.__cause__ or error  # of what the datasets library wraps
+        error = error.__cause__ or error  # the datasets library wraps the real one
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         where = "can be read from there" if Path(name).exists() else "is there, nor on huggingface.co"
         raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
@@ -246,6 +248,7 @@ def to_texts(row, columns, tokenizer):
     """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
     the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
     chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
+    columns = columns or ("completion",) * isinstance(row.get("chosen", row.get("completion")), list)
     keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
     prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
     for key, x in zip(keys, values):
@@ -281,17 +284,19 @@ def read_dataset(tokenizer, args, columns):
         raise UserError(f"{flag}: the file is empty.")
 
     def load(path):
-        if Path(path, "state.json").is_file():  # of save_to_disk
-            return {"train": datasets.load_from_disk(path)}, False
+        if any(Path(path, x).is_file() for x in ("state.json", "dataset_dict.json")):  # of save_to_disk
+            found = datasets.load_from_disk(path)
+            return found if isinstance(found, dict) else {"train": found}, False
         builder = datasets.load_dataset_builder(where, subset, data_files=files)
         is_json = type(builder).__name__.startswith("Json")  # in a folder its name goes on with the folder's
         source = ("text", None, None, builder.config.data_files) if is_json else (where, subset, None, files)
         return datasets.load_dataset(*source), is_json
 
     splits, is_json = fetch("dataset", path, "--dataset", load)
-    names = [x for x in dict.fromkeys((args.split or "train", "test", "validation")) if x in splits] or [*splits]
-    if args.split not in ("", names[0]):
-        raise UserError(f"--split {args.split}: {flag} has the splits {', '.join(splits)}.")
+    first = args.split or ("train" if len(splits) > 1 else [*splits][0])
+    if first not in splits:
+        raise UserError(f"--split {first}: {flag} has the splits {', '.join(splits)}.")
+    names = [x for x in dict.fromkeys((first, "test", "validation")) if x in splits]
     parts, renamed = [[] for _ in names[:2]], [x.partition("=")[::2] for x in args.map]
     for name, part in zip(names, parts):
         for number, row in enumerate(splits[name], 1):
@@ -404,7 +409,7 @@ def in_batches(function, prompts, responses, batch_size=0):
         indices = [K * b + k for b in batch.tolist() for k in range(K)]
         results = function([prompts[b] for b in batch], [responses[i] for i in indices])
         found += zip(indices, [row.clone() for row in results.cpu()] if torch.is_tensor(results) else results)
-    rows = [row for _, row in sorted(gather_object(found), key=lambda pair: pair[0])]
+    rows = [row for _, row in sorted(gather_object(found))]  # by their numbers, all different
     if torch.is_tensor(rows[0]):
         return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
     return rows
@@ -435,7 +440,7 @@ def evaluate_pairs(chosen_scores, rejected_scores):
 # ------------------------------------------------------------------------------------------ processes, checkpoints, run
 class Trained(torch.nn.Module):
     """What is trained, a module whose forward is function(model, …): DDP, FSDP and DeepSpeed bring gradients together
-    where the forward of the module they wrap is called; one of the model inside would skip that without a word."""
+    in the forward of the module they wrap; calling the inner model's would skip that without a word."""
 
     def __init__(self, model, function, *others):
         super().__init__()
@@ -465,7 +470,7 @@ def gathered(trained):
 
 def check_finite(folder, update, tokenizer, prompts, responses, **values):
     """Raises RunError where a value is not finite, after writing all of them, and the batch they are of, to the run's
-    folder. values: of the batch [], its prompts [B, …] or its responses [N]."""
+    folder. values: scalars, or a row for each prompt or each response."""
     bad = {name: value for name, value in values.items() if not value.isfinite().all()}
     if bad:
         rows = sorted({i for v in bad.values() if v.ndim for i in (~v.isfinite()).nonzero()[:, 0].tolist()})
@@ -478,7 +483,7 @@ def check_finite(folder, update, tokenizer, prompts, responses, **values):
 
 
 def open_run(accelerator, folder, args, **record):
-    """Make the run's folder, or go on in it: `record`, with what save_checkpoint was given last; None if it has ended.
+    """Make the run's folder, or go on in it. Returns `record | state of the last checkpoint`, None if it has ended.
     Raises UserError, before anything is changed, where the folder, its run or its checkpoint does not fit."""
     commit = subprocess.getoutput(f"git -C '{TINY.parent}' rev-parse HEAD 2> /dev/null")
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
@@ -510,10 +515,11 @@ def open_run(accelerator, folder, args, **record):
         except Exception as error:
             wrong = f"is damaged ({type(error).__name__}: {error})"
         if wrong or not (ended or args.resume):
-            wrong = wrong or "is of a run that has not ended: pass --resume to go on with it"
-            raise UserError(f"{where} {wrong}. Or pass --overwrite to replace the run, or another --output-dir.")
+            wrong = wrong or "is of a run that has not ended: --resume goes on with it"
+            raise UserError(f"{where} {wrong}. Pass --overwrite to replace the run, or another --output-dir.")
         if ended:
-            return print("ended         this run was made before (--overwrite makes it again)")
+            print("ended         this run was made before (--overwrite makes it again)")
+            return None
         print(f"resumed       {f'from {last}' if last else 'from the beginning, there is no checkpoint yet'}")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -572,8 +578,8 @@ def save_checkpoint(accelerator, folder, writer, state):
 
 
 def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs):
-    """The model in folder/model, plain files of transformers, in place when they are whole and, loaded again, compute
-    the same of `inputs`, trained's arguments (to 1e-5 relative). Raises RunError."""
+    """The model in folder/model, plain files of transformers, put there once they are whole and, loaded again, give the
+    same (to 1e-5 relative) as `trained` does of `inputs`. Raises RunError."""
     part, weights, inner = folder / "model.part", accelerator.get_state_dict(trained), accelerator.unwrap_model(trained)
     with torch.no_grad(), gathered(inner):
         expected = inner(*inputs)
@@ -636,7 +642,8 @@ def main(args):
     lr = args.learning_rate or (1e-3 if args.model == "tiny" else 1e-5)
     weights, options = reward_model.parameters(), {"weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(weights, lr, args.adam_betas, **options)
-    scheduler = transformers.get_scheduler(args.lr_schedule, optimizer, args.warmup_updates, num_updates)
+    schedule = args.lr_schedule.replace("constant", "constant_with_warmup")
+    scheduler = transformers.get_scheduler(schedule, optimizer, args.warmup_updates, num_updates)
     trained, optimizer = accelerator.prepare(Trained(reward_model, response_scores), optimizer)
     base = "tiny" if args.model == "tiny" else short_name(policy_path)
     folder = Path(args.output_dir or f"runs/{NAME}/{short_name(args.dataset)}/{base}")
@@ -657,7 +664,7 @@ def main(args):
     order.set_state(run.get("order", order.get_state()))
     scheduler.load_state_dict(run.get("scheduler", scheduler.state_dict()))
     processes, rank, caught = accelerator.num_processes, accelerator.process_index, []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM):  # the third at once: launchers pass each on a second time
         signal.signal(number, lambda n, at: signal.default_int_handler(n, at) if len(caught) > 1 else caught.append(n))
     progress = tqdm(total=num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
     for update in range(start, num_updates + 1):  # the last round only saves and evaluates
@@ -686,15 +693,15 @@ def main(args):
         minibatch = queue.pop(0)
         shares = [minibatch[lengths[minibatch].argsort()][p::processes] for p in range(processes)]
         size = max(1, args.micro_batch_size // 2)
-        own = [rows for rows in shares[rank].split(size) if len(rows)]
-        micros = [*own, minibatch[:1]][: math.ceil(len(shares[0]) / size)]  # as many in all processes, for FSDP
+        own = [part for part in shares[rank].split(size) if len(part)]
+        micros = [*own, minibatch[:1]][: math.ceil(len(shares[0]) / size)]  # as many in all, for FSDP: a filler
         stats, scores = Counter(), []
         for micro in micros:
             accelerator.sync_gradients = micro is micros[-1]  # gradients cross processes once, with the last
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
                 scores.append(trained(*pairs_of(micro)))
                 loss, metrics = bradley_terry_loss(*scores[-1].view(-1, 2).T)
-                # The loss is a mean over the whole minibatch; a row that only makes up the number does not count.
+                # The loss is a mean over the whole minibatch, in which a filler row counts 0.
                 share = len(micro) / len(minibatch) * (len(scores) <= len(own))
                 accelerator.backward(loss * share * processes)  # gradients: mean over the processes
             stats.update({key: value.item() * share for key, value in metrics.items()})

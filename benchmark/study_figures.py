@@ -204,7 +204,7 @@ def labels_figure():
             for axis, key in zip(column, ("gold", "kl")):
                 axis.plot(path[key], color=colour, label=label, **style)
         column[0].set_title(NAMES[script], fontsize=10)
-        column[0].legend(frameon=False, fontsize=7)
+        column[1].legend(loc="lower right", frameon=False, fontsize=7)
         column[1].set_yscale("symlog", linthresh=0.1)
         column[1].set_xlabel("epochs")
     axes[0, 0].set_ylabel("true (gold) reward")

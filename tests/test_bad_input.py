@@ -106,11 +106,14 @@ def write_data(folder):
         "equal": [a_row(i, rejected=" Okay. Fine.") for i in range(8)],
         "no_common_prompt": [{"chosen": "Hi.", "rejected": "Ho."}] * 8,
         "dates": [{"prompt": f"2020-01-{day:02}"} for day in range(1, 25)],
+        "one_held_out/test": rows[:1],
+        "one_held_out/train": rows[1:],
         "counted/test": rows[:8],
         "counted/train": [
             *rows[8:],
             a_row(1, prompt=""),
             a_row(2, prompt="", completion=""),
+            a_row(3, prompt=" \n"),
             a_row(33, completion=" ", chosen=" "),
             a_row(34, rejected=" Okay. Fine."),
             a_row(35, prompt=rows[0]["prompt"] * 4),
@@ -393,20 +396,21 @@ def test_refused_before_anything_starts(case, outcome, inputs):
 COUNTED = "--dataset in/counted --max-prompt-tokens 40 --max-response-tokens 32"
 DIALOGUES = "--dataset in/dialogues --max-response-tokens 16"
 HANDLED = [
-    ("sft", COUNTED, "18 train rows", "3 dropped: empty prompt or response", "1 dropped: prompt of more than 40 tokens")
+    ("sft", COUNTED, "18 train rows", "4 dropped: empty prompt or response", "1 dropped: prompt of more than 40 tokens")
     + ("1 cut: response of more than 32 tokens", "8 held-out rows"),
     ("sft", f"{COUNTED} --truncate-prompts", "19 train rows", "1 cut: prompt of more than 40 tokens"),
-    ("reward_model", COUNTED, "17 train rows", "3 dropped: empty prompt or response", "8 held-out rows")
+    ("reward_model", COUNTED, "17 train rows", "4 dropped: empty prompt or response", "8 held-out rows")
     + ("1 dropped: chosen and rejected are equal", "1 cut: response of more than 32 tokens"),
     ("reward_model", f"{COUNTED} --truncate-prompts", "18 train rows", "1 cut: prompt of more than 40 tokens"),
     ("p3o_v2", COUNTED, "1 train rows dropped: their prompts are held out")
-    + ("19 different train prompts; 1 too long, dropped; 2 empty, dropped",),
+    + ("19 different train prompts; 1 too long, dropped; 3 empty, dropped",),
     ("p3o_v2", f"{COUNTED} --truncate-prompts", "20 different train prompts; 1 too long, cut on the left"),
     *[(s, DIALOGUES, f"16 train rows; 3 {EMPTY}") for s in LATER],
     ("p3o_v2", DIALOGUES, "16 different train prompts; 0 too long, dropped; 3 empty, dropped"),
     ("sft", "--dataset in/blank_lines.jsonl", "22 train rows", "2 held-out rows"),
     ("p3o_v2", "--dataset in/blank_lines.jsonl", "22 different train prompts", "2 different held-out prompts"),
     ("p3o_v2", "--dataset in/few.jsonl", "different held-out prompts"),
+    ("p3o_v2", "--dataset in/one_held_out", "1 different held-out prompts"),  # then there are no standard errors
     *[(s, f"--model in/{name}", f"(from --model in/{name})") for s in ["sft"] for name in ("no_pad", "padded")],
     *[("reward_model", f"--model in/{name}", "no SFT run") for name in ("no_pad", "padded")],
     ("p3o_v2", f"--model in/no_pad {TINY_REWARD}", "in/no_pad (no SFT run for it)"),

@@ -168,7 +168,7 @@ def test_frontier(runs, tmp_path):
     assert other["path"][1]["reward_se"] == 0.2  # of a single seed: over prompts
     assert ppo["fit"] == pytest.approx({"a": 1, "b": 0.5, "r2": 1})
     row = next(line for line in output.splitlines() if "--beta 0.05" in line)
-    assert "1.75 ± 0.25, 75%" in row and "3.50 ± 0.50, 62%" in row
+    assert "1.75 ± 0.25, 75%  " in row and "3.50 ± 0.50, 62% (limit too low)" in row
     assert "2.00 (KL ≤ 0.50)" in output and "1.00 + 0.50·KL, R² 1.00" in output
     assert re.search(r"\| limit .* 2.00 .* 5.00 \(too few samples\)", output)
 
@@ -231,7 +231,7 @@ def broken(tmp_path, runs, case):
         "empty": "frontier.jsonl is empty",
         "broken": "line 1 is no point of a frontier",
         "list": "line 1 is no point of a frontier",
-        "number": "line 1 has no number for reward; found step, kl",
+        "number": "line 1 is no point of a frontier \\(no number for reward; found step, kl\\)",
         "args": "args.json is damaged",
         "dataset": "e cannot be drawn with .*a: it has dataset 'hh', not 'tiny'",
         "reward": "e cannot be drawn with .*a: it has reward 'my.py:f', not 'tiny'",
@@ -421,7 +421,17 @@ def test_bad_input(command, sentence, real_run):
 
 
 # ---------------------------------------------------------------------------------------------------------------- judge
-@pytest.mark.parametrize("reply, win", [("A", 1), ("**B**", 0), (" tie.\n", 0.5), ("I think…\n\nAnswer: b", 0)])
+VERDICTS = [
+    ("A", 1),
+    ("**B**", 0),
+    (" tie.\n", 0.5),
+    ("I think…\n\nAnswer: b", 0),
+    ("It's a tie", 0.5),
+    ("Option A", 1),
+]
+
+
+@pytest.mark.parametrize("reply, win", VERDICTS)
 def test_read_verdict(reply, win):
     assert read_verdict(reply) == win
 
@@ -531,6 +541,17 @@ def test_judge_without_verdict_is_counted(server, judge, capsys):
     assert sum("fine" in (request["a"], request["b"]) for request in server.requests) == 4
     server.reply = prefer_good
     assert judge(ROWS) == [1, 0, 1, 0.5]  # what was unjudged is asked again
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 404])
+def test_judge_who_will_never_answer_is_not_asked_again(code, server, judge, capsys):
+    server.reply = lambda *_: code
+    assert judge(ROWS[:1], judge_workers=1) == [None] and len(server.requests) == 2  # the two orders
+    assert f"HTTP Error {code}" in capsys.readouterr().out
+
+
+def test_answers_that_differ_in_their_blanks_alone_tie_unasked(server, judge):
+    assert judge([("Hi", " good ", "good\n")]) == [0.5] and not server.requests
 
 
 def test_judge_who_is_too_slow(server, judge, capsys):

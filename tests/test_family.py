@@ -51,6 +51,16 @@ def test_the_two_versions_of_p3o_differ_in_their_loss_alone():
     assert 0 < len(changed) <= 60
 
 
+@pytest.mark.parametrize("schedule, last", [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
+def test_the_learning_rate_rises_over_the_warm_up_then_follows_its_schedule(schedule, last, data, tmp_path):
+    """Two updates of warm-up of four: 0, a half, all of it, then by the schedule."""
+    flags = [*SIZES["dpo"], "--num-updates", 4, "--warmup-updates", 2, "--learning-rate", 1e-4]
+    flags += ["--lr-schedule", schedule, "--eval-every", 0, "--save-every", 0]
+    run("dpo", *data[:4], *flags, cwd=tmp_path)
+    found = [row["lr"] / 1e-4 for row in lines(tmp_path / "run/metrics.jsonl")]
+    assert found == pytest.approx([0, 0.5, 1, last])
+
+
 # ---------------------------------------------------------------------------------------------------- every script
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):

@@ -119,12 +119,20 @@ def test_a_tracked_run(tmp_path):
 
 @pytest.mark.parametrize("flag, package", [(["--track"], "wandb"), (["--lora-rank", "4"], "peft")])
 def test_a_tool_that_is_not_installed(flag, package, tmp_path):
+    """It is told before the run that --overwrite would replace is touched."""
+    (tmp_path / "run").mkdir()
+    for name in ("args.json", "metrics.jsonl"):
+        (tmp_path / "run" / name).write_text("{}")
     code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['p3o_v2.py', *sys.argv[1:]]; "
     code += f"runpy.run_path({str(ROOT / 'p3o_v2.py')!r}, run_name='__main__')"
-    command = [sys.executable, "-c", code, *QUICK, *flag]
+    command = [sys.executable, "-c", code, *QUICK, *flag, "--overwrite"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert package in result.stderr.splitlines()[-1]
+    assert {file.name: file.read_text() for file in (tmp_path / "run").iterdir()} == {
+        "args.json": "{}",
+        "metrics.jsonl": "{}",
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- the hub

@@ -118,6 +118,18 @@ def test_subset_and_split(tokenizer, tmp_path):
     assert "--split all: --dataset" in said and "has the splits train, other, test" in said
 
 
+def test_which_split_is_trained_on_is_asked_where_none_is_called_train(tokenizer, tmp_path):
+    """The only one is taken, a tenth of it held out."""
+    splits = {name: datasets.Dataset.from_list(PAIRS) for name in ("train_prefs", "train_sft")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict(only=splits["train_sft"]).save_to_disk(tmp_path / "one")
+    said = run("p3o_v2", "--dataset", tmp_path / "two", cwd=tmp_path, code=2)
+    assert "--split train: --dataset" in said and "has the splits train_prefs, train_sft" in said
+    for flags in ({"dataset": str(tmp_path / "two"), "split": "train_sft"}, {"dataset": str(tmp_path / "one")}):
+        train, held_out = p3o_v2.load_prompts(tokenizer, p3o_v2.Args(**flags))
+        assert (len(train), len(held_out)) == (22, 2)
+
+
 @pytest.mark.parametrize(
     "script, columns", [(p3o_v2, ()), (sft, ("completion",)), (reward_model, ("chosen", "rejected"))]
 )
@@ -168,6 +180,7 @@ def test_a_prompt_of_text_asks_where_the_responses_are_messages(tokenizer, tmp_p
     rows += [{"prompt": f"Say {i}.", "completion": [user(i), *assistant("Yes.")]} for i in range(6, 12)]
     found = texts_of(tokenizer, jsonl(tmp_path / "rows.jsonl", rows), sft, ("completion",))
     assert found == {(f"<user>Say {i}.<assistant>", "Yes.<|endoftext|>") for i in range(12)}
+    assert texts_of(tokenizer, tmp_path / "rows.jsonl", p3o_v2, ()) == {row[:1] for row in found}  # as a policy sees it
 
 
 def test_the_beginning_of_sequence_stands_once(tmp_path):
@@ -265,7 +278,7 @@ def test_a_reward_model_with_other_tokens_is_refused_with_the_remedy(script, kin
     a_reward_model(tmp_path / "judge", kind, vocab_size=800)
     flags = ["--dataset", jsonl(tmp_path / "rows.jsonl", PAIRS), "--reward-model", "judge"]
     said = run(script, *flags, cwd=tmp_path, code=2)
-    assert "--reward-model judge: expected a score and the policy's 768 tokens, found 1 and 800" in said
+    assert "--reward-model judge: expected a score and the policy's 768 tokens, found 1 and 800 others" in said
 
 
 @pytest.mark.parametrize("script", ["p3o_v2", "dpo"])
@@ -317,6 +330,10 @@ def test_a_run_ends_when_its_kl_passes_the_target(tmp_path):
     assert f"ends after {len(metrics)} updates: the KL, " in said
     last = json.loads((tmp_path / "run/frontier.jsonl").read_text().splitlines()[-1])
     assert last["step"] == len(metrics) and (tmp_path / "run/model").is_dir()
+    shutil.rmtree(tmp_path / "run/model")  # as if it had been killed when it had written its checkpoint
+    said = run("p3o_v2", *flags, "--output-dir", "run", "--resume", cwd=tmp_path)
+    assert f"ends after {len(metrics)} updates: the KL, " in said and (tmp_path / "run/model").is_dir()
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == len(metrics)
 
 
 def test_a_script_copied_elsewhere_says_where_tiny_is(tmp_path):
