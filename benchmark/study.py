@@ -151,7 +151,7 @@ def labels():
 
 def rewards():
     """(i): reward models of 10, 30 and 100 % of the pairs, and of all with 30 % of the labels flipped."""
-    runs = product(SEEDS[:1], study_data.REWARD_MODELS, ("p3o_v2", "ppo", "online_dpo"))
+    runs = product(SEEDS[:3], study_data.REWARD_MODELS, ("p3o_v2", "ppo", "online_dpo"))
     model = f"{study_data.FOLDER}/{{}}/model"
     return [settings(script, *best(script)[0], seed, reward_model=model.format(name)) for seed, name, script in runs]
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -104,6 +106,26 @@ def test_the_memory_of_a_dry_run(capsys):
     frozen.requires_grad_(False)
     p3o_v2.show_rows(AutoTokenizer.from_pretrained(f"{p3o_v2.TINY}/sft"), [[IDS[0][0]]], [trained, frozen, frozen])
     assert "4.50 GiB for" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------- more ends
+def test_a_generation_config_may_name_more_ends(tmp_path, monkeypatch):
+    """As docs/recipes.md says, here a full stop: responses end there too."""
+    (code,) = re.findall(
+        r"```python\n(from transformers import GenerationConfig\n.*?)```", (ROOT / "docs/recipes.md").read_text(), re.S
+    )
+    shutil.copytree(ROOT / "tiny/sft", tmp_path / "MODEL")
+    monkeypatch.chdir(tmp_path)
+    (stop,) = AutoTokenizer.from_pretrained("MODEL")(".").input_ids
+    exec(code.replace("22705", str(stop)))
+    args = p3o_v2.Args(model="MODEL")
+    policy = p3o_v2.load_model(AutoModelForCausalLM, "MODEL", "--model", "cpu", args)
+    tokenizer, end_ids = p3o_v2.load_tokenizer("MODEL", policy, args)
+    assert end_ids == [0, stop]
+    prompts = [torch.tensor(tokenizer("\n\nHuman: Hi\n\nAssistant:").input_ids)] * 64
+    noise = torch.rand(64, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = [y.tolist() for y, _ in p3o_v2.sample_responses(policy, prompts, noise, 1.0, end_ids)]
+    assert all(token not in end_ids for y in found for token in y[:-1]) and stop in {y[-1] for y in found}
 
 
 # ------------------------------------------------------------------------------------------------------------- trackers
