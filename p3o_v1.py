@@ -314,7 +314,7 @@ def read_dataset(tokenizer, args, columns):
     looks like a date into one. Raises UserError."""
     path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}
     path, flag, subset = path.get(args.dataset, args.dataset), f"--dataset {args.dataset}", args.subset or None
-    where, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
+    loader, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
     if files and not os.path.getsize(path):
         raise UserError(f"{flag}: the file is empty.")
 
@@ -322,9 +322,9 @@ def read_dataset(tokenizer, args, columns):
         if any(Path(path, x).is_file() for x in ("state.json", "dataset_dict.json")):  # of save_to_disk
             found = datasets.load_from_disk(path)
             return found if isinstance(found, dict) else {"train": found}, False
-        builder = datasets.load_dataset_builder(where, subset, data_files=files)
+        builder = datasets.load_dataset_builder(loader, subset, data_files=files)
         is_json = type(builder).__name__.startswith("Json")  # in a folder its name goes on with the folder's
-        source = ("text", None, None, builder.config.data_files) if is_json else (where, subset, None, files)
+        source = ("text", None, None, builder.config.data_files) if is_json else (loader, subset, None, files)
         return datasets.load_dataset(*source), is_json
 
     splits, is_json = fetch("dataset", path, "--dataset", load)
