@@ -131,7 +131,7 @@ class Args:
     unfrozen_layers: int = 0  # train only this many last layers, and the head if it has its own weights (0: all)
     lora_rank: int = 0  # rank of adapters to those layers, then trained and saved alone (0: train the weights)
     # Optimiser
-    learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
+    learning_rate: float = 0.0  # AdamW's step size (0: 1e-6, for 1B; sft.py, reward_model.py: 1e-5; more for tiny)
     weight_decay: float = 1e-6  # AdamW's, decoupled
     adam_betas: tuple[float, float] = (0.9, 0.95)  # decay rates of AdamW's two moments
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
@@ -167,6 +167,8 @@ def set_up(args):
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {low}, below {high:.3g}.")
     if "tiny" in (args.model, args.dataset) and not TINY.is_dir():
         raise UserError("tiny/ lies beside the scripts in the repository: pass --model, --dataset and --reward-fn.")
+    if vars(args).get("reward_fn") and args.reward_model:
+        raise UserError("--reward-fn and --reward-model: pass one of them, one reward is optimised.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
     if args.track:
@@ -213,8 +215,8 @@ def fetch(kind, name, flag, load, **options):
     except Exception as error:
         error = error.__cause__ or error  # the datasets library wraps the real one
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        where = "can be read from there" if Path(name).exists() else "is there, nor on huggingface.co"
-        raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
+        where = "can be read from there" if Path(name).exists() else "is there, nor on huggingface.co; pass a path"
+        raise UserError(f"{flag} {name}: no {kind} {where} ({reason}).") from error
 
 
 def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
@@ -283,18 +285,22 @@ def to_texts(row, columns, tokenizer):
     """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
     the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
     chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
+    row = {"chosen": row["messages"], **row} if "messages" in row else row
     columns = columns or ("completion",) * isinstance(row.get("chosen", row.get("completion")), list)
     keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
     prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
     for key, x in zip(keys, values):
         if not isinstance(x, str) and not (isinstance(x, list) and {*map(type, x)} == {dict}):
-            raise ValueError(f"expected text or messages in {key}; found {x!r:.60} (columns: {', '.join(row)})")
+            found = f"found {x!r:.60} (columns: {', '.join(row)}); --map {key}=COLUMN names another"
+            raise ValueError(f"expected text or messages in {key}; {found}")
     if any(isinstance(x, list) for x in values):
         if not tokenizer.chat_template:
             raise ValueError("messages need a chat template, which the tokenizer lacks: pass --chat-template FILE")
         responses = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in responses]
         dialogue = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         dialogue = dialogue if prompt else responses[0][:-1]
+        if prompt and dialogue[-1].get("role") == "assistant":
+            raise ValueError("the messages of the prompt end with an answer; --map completion=COLUMN if they hold both")
         render = partial(tokenizer.apply_chat_template, tokenize=False)
         # A response of one message lacks the dialogue before it.
         responses = [render(y if y[1:] or not prompt else dialogue + y).rstrip() for y in responses]
@@ -396,16 +402,17 @@ def text_reward(spec, flag, tokenizer):
     if not callable(function):
         raise UserError(f"{flag} {spec}: expected FILE.py:FUNCTION; {'not found' if path else ':FUNCTION is missing'}.")
 
-    def checked(rows):
+    def checked(rows, found=None):
         try:
             found = function(*map(list, zip(*rows)))
             with suppress(TypeError, ValueError, RuntimeError):  # of what is no number
                 values = torch.tensor(list(found), dtype=torch.float32)
                 if values.shape == (len(rows),) and values.isfinite().all():
                     return values
-            raise ValueError(f"expected {len(rows)} finite numbers, found {found!s:.60}")
+            count = getattr(found, "__len__", lambda: "no list")()
+            raise ValueError(f"expected {len(rows)} finite numbers, found {count}: {found!s:.60}")
         except (Exception, SystemExit) as error:
-            for row in rows if len(rows) > 1 else ():  # which one is it?
+            for row in rows if len(rows) > 1 and (found is None or count == len(rows)) else ():  # which one is it?
                 checked([row])
             where = "" if len(rows) > 1 else ", for the prompt {!r} and response {!r}".format(*rows[0])
             raise RunError(f"{flag} {spec}: {error!r}{where}.") from error
@@ -802,7 +809,8 @@ def main(args):
         return show_rows(tokenizer, [[x] for x in prompts], models)
 
     # ------------------------------------------------------------------------- optimiser, run folder, randomness
-    lr = args.learning_rate or (2e-4 if args.model == "tiny" else 1e-6)  # 1e-6: the authors' for Pythia-1B
+    args.learning_rate = lr = args.learning_rate or (2e-4 if args.model == "tiny" else 1e-6)  # 1e-6: for Pythia-1B
+    print(f"training      {args.num_updates} updates, learning rate {lr:g} (--num-updates, --learning-rate)")
     optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay, fused=True)
     trained, optimizer = accelerator.prepare(Trained(policy, response_logprobs), optimizer)
     base = "tiny" if args.model == "tiny" else short_name(policy_path)

@@ -93,7 +93,7 @@ class Args:
     truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
     # Sizes
-    data_epochs: int = 0  # passes over the training data (0: the script's choice, see `epochs` in main)
+    data_epochs: int = 0  # passes over the training data (0: one; on tiny sft.py and reward_model.py take 3)
     num_updates: int = 0  # rounds of sampling and training (online); optimizer steps at most (offline; 0: all data)
     minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
@@ -101,7 +101,7 @@ class Args:
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
     unfrozen_layers: int = 0  # train only this many last layers, and the head if it has its own weights (0: all)
     # Optimiser
-    learning_rate: float = 0.0  # AdamW's step size (0: the script's choice, see `lr` in main)
+    learning_rate: float = 0.0  # AdamW's step size (0: 1e-6, for 1B; sft.py, reward_model.py: 1e-5; more for tiny)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # how the learning rate falls over the run
     warmup_updates: int = 0  # updates in which the learning rate rises from 0
     weight_decay: float = 1e-6  # AdamW's, decoupled
@@ -132,6 +132,8 @@ def set_up(args):
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {low}, below {high:.3g}.")
     if "tiny" in (args.model, args.dataset) and not TINY.is_dir():
         raise UserError("tiny/ lies beside the scripts in the repository: pass --model, --dataset and --reward-fn.")
+    if vars(args).get("reward_fn") and args.reward_model:
+        raise UserError("--reward-fn and --reward-model: pass one of them, one reward is optimised.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
     if args.track:
@@ -178,8 +180,8 @@ def fetch(kind, name, flag, load, **options):
     except Exception as error:
         error = error.__cause__ or error  # the datasets library wraps the real one
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        where = "can be read from there" if Path(name).exists() else "is there, nor on huggingface.co"
-        raise UserError(f"{flag} {name}: no {kind} {where} ({reason}). Pass a local path: {flag} PATH") from error
+        where = "can be read from there" if Path(name).exists() else "is there, nor on huggingface.co; pass a path"
+        raise UserError(f"{flag} {name}: no {kind} {where} ({reason}).") from error
 
 
 def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
@@ -248,18 +250,22 @@ def to_texts(row, columns, tokenizer):
     """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
     the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
     chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
+    row = {"chosen": row["messages"], **row} if "messages" in row else row
     columns = columns or ("completion",) * isinstance(row.get("chosen", row.get("completion")), list)
     keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
     prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
     for key, x in zip(keys, values):
         if not isinstance(x, str) and not (isinstance(x, list) and {*map(type, x)} == {dict}):
-            raise ValueError(f"expected text or messages in {key}; found {x!r:.60} (columns: {', '.join(row)})")
+            found = f"found {x!r:.60} (columns: {', '.join(row)}); --map {key}=COLUMN names another"
+            raise ValueError(f"expected text or messages in {key}; {found}")
     if any(isinstance(x, list) for x in values):
         if not tokenizer.chat_template:
             raise ValueError("messages need a chat template, which the tokenizer lacks: pass --chat-template FILE")
         responses = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in responses]
         dialogue = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         dialogue = dialogue if prompt else responses[0][:-1]
+        if prompt and dialogue[-1].get("role") == "assistant":
+            raise ValueError("the messages of the prompt end with an answer; --map completion=COLUMN if they hold both")
         render = partial(tokenizer.apply_chat_template, tokenize=False)
         # A response of one message lacks the dialogue before it.
         responses = [render(y if y[1:] or not prompt else dialogue + y).rstrip() for y in responses]
@@ -639,7 +645,8 @@ def main(args):
     # ------------------------------------------------------------------------- optimiser, run folder
     epochs = args.data_epochs or (3 if args.model == "tiny" else 1)
     num_updates = min(args.num_updates or math.inf, epochs * math.ceil(len(rows) / args.minibatch_size))
-    lr = args.learning_rate or (1e-3 if args.model == "tiny" else 1e-5)
+    args.learning_rate = lr = args.learning_rate or (1e-3 if args.model == "tiny" else 1e-5)
+    print(f"training      {num_updates} updates, learning rate {lr:g} (--num-updates, --data-epochs, --learning-rate)")
     weights, options = reward_model.parameters(), {"weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(weights, lr, args.adam_betas, **options)
     schedule = args.lr_schedule.replace("constant", "constant_with_warmup")

@@ -320,6 +320,11 @@ REFUSED = [
     ("p3o_v2", "--model in/scorer", "no reward: run reward_model.py on in/ok.jsonl"),
     # reward functions
     ("p3o_v2", "--reward-fn nothing.py:f", "--reward-fn nothing.py:f: expected FILE.py:FUNCTION"),
+    (
+        "dpo",
+        "--reward-fn in/rewards.py:fine --reward-model in/scorer",
+        "--reward-fn and --reward-model: pass one of them",
+    ),
     ("p3o_v2", "--reward-fn in/rewards.py", "expected FILE.py:FUNCTION; :FUNCTION is missing"),
     ("p3o_v2", "--reward-fn in/rewards.py:other", "expected FILE.py:FUNCTION; not found"),
     ("p3o_v2", "--reward-fn in/rewards.py:value", "--reward-fn in/rewards.py:value: expected FILE.py:FUNCTION"),
@@ -453,9 +458,9 @@ NUMBERS = r"expected \d+ finite numbers?, found "
 STOPPED = [
     # flags of a p3o_v2 run, what the sentence says, whether it holds the culprit's prompt and response
     ("p3o_v2", f"{LONGER} --reward-fn in/rewards.py:one", f"{NUMBERS}.*0.0", False),
-    ("p3o_v2", f"{LONGER} --reward-fn in/rewards.py:fewer", NUMBERS, False),
-    ("p3o_v2", f"{LONGER} --reward-fn in/rewards.py:nothing", f"{NUMBERS}None", False),
-    ("p3o_v2", f"{LONGER} --reward-fn in/rewards.py:number", f"{NUMBERS}0.5", False),
+    ("p3o_v2", f"{LONGER} --reward-fn in/rewards.py:fewer", f"{NUMBERS}31: ", False),
+    ("p3o_v2", f"{LONGER} --reward-fn in/rewards.py:nothing", f"{NUMBERS}no list: None", False),
+    ("p3o_v2", f"{LONGER} --reward-fn in/rewards.py:number", f"{NUMBERS}no list: 0.5", False),
     ("p3o_v2", f"{LONGER} --reward-fn in/rewards.py:text", f"{NUMBERS}.*good", True),
     ("p3o_v2", f"{LONGER} --reward-fn in/rewards.py:none", f"{NUMBERS}.*None", True),
     ("p3o_v2", f"{LONGER} --reward-fn in/rewards.py:nan", f"{NUMBERS}.*nan", True),

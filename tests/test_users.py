@@ -183,6 +183,15 @@ def test_a_prompt_of_text_asks_where_the_responses_are_messages(tokenizer, tmp_p
     assert texts_of(tokenizer, tmp_path / "rows.jsonl", p3o_v2, ()) == {row[:1] for row in found}  # as a policy sees it
 
 
+def test_a_column_of_messages_is_a_dialogue_that_ends_with_the_response(tokenizer, tmp_path):
+    file = jsonl(tmp_path / "rows.jsonl", [{"messages": [user(i), *assistant("Yes.")]} for i in range(12)])
+    expected = {(f"<user>Say {i}.<assistant>", "Yes.<|endoftext|>") for i in range(12)}
+    assert texts_of(tokenizer, file, sft, ("completion",)) == expected
+    assert texts_of(tokenizer, file, p3o_v2, ()) == {row[:1] for row in expected}
+    with pytest.raises(p3o_v2.UserError, match="messages of the prompt end with an answer"):
+        p3o_v2.load_prompts(tokenizer, p3o_v2.Args(dataset=str(file), map=("prompt=messages",)))
+
+
 def test_the_beginning_of_sequence_stands_once(tmp_path):
     """Where the template writes it, the tokenizer does not add another."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
