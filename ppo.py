@@ -192,8 +192,6 @@ def set_up(args):
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {low}, below {high:.3g}.")
     if "tiny" in (args.model, args.dataset) and not TINY.is_dir():
         raise UserError("tiny/ lies beside the scripts in the repository: pass --model, --dataset and --reward-fn.")
-    if vars(args).get("reward_fn") and args.reward_model:
-        raise UserError("--reward-fn and --reward-model: pass one of them, one reward is optimised.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
     if args.track:

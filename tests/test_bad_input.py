@@ -320,7 +320,6 @@ REFUSED = [
     ("p3o_v2", "--model in/scorer", "no reward: run reward_model.py on in/ok.jsonl"),
     # reward functions
     ("p3o_v2", "--reward-fn nothing.py:f", "--reward-fn nothing.py:f: expected FILE.py:FUNCTION"),
-    ("p3o_v2", "--reward-fn in/rewards.py:fine --reward-model in/scorer", "--reward-fn and --reward-model: pass one"),
     ("p3o_v2", "--reward-fn in/rewards.py", "expected FILE.py:FUNCTION; :FUNCTION is missing"),
     ("p3o_v2", "--reward-fn in/rewards.py:other", "expected FILE.py:FUNCTION; not found"),
     ("p3o_v2", "--reward-fn in/rewards.py:value", "--reward-fn in/rewards.py:value: expected FILE.py:FUNCTION"),
