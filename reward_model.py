@@ -391,7 +391,9 @@ def response_hidden(model, prompts, responses):
         inputs |= {"attention_mask": mask[:, None], "position_ids": positions}
     hidden = model.base_model(input_ids, **inputs).last_hidden_state  # [B, L, D]
     columns = torch.where(t > 0, starts[:, 1:, None] + t, lengths[:, :1, None]) - 1  # [B, K, T + 1]
-    return hidden[torch.arange(len(rows))[:, None, None], columns.clamp(max=len(column) - 1)].flatten(0, 1)
+    columns = columns.clamp(max=len(column) - 1).flatten(1)[:, :, None].expand(-1, -1, hidden.shape[2])
+    # Not hidden[rows, columns]: on a CPU its backward pass adds up in an order that differs from time to time.
+    return hidden.gather(1, columns).view(len(responses), -1, hidden.shape[2])
 
 
 def response_scores(reward_model, prompts, responses):

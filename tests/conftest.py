@@ -81,7 +81,6 @@ class Script:
         if Script.nursery is None:
             # Threads that wait do not spin: on a busy machine twice as fast.
             quiet = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-            quiet["MKL_DYNAMIC"] = "FALSE"  # else MKL may take fewer threads when it likes, and sum in another order
             Script.nursery = subprocess.Popen(
                 [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, text=True, env=quiet
             )
