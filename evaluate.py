@@ -51,8 +51,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import HfApi, constants
 from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StopStringCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from tyro.conf import Positional
 
@@ -66,7 +67,7 @@ SAME_CURVE = "seed output_dir overwrite resume save_every device debug config dr
 SAME_CURVE += ["micro_batch_size", "gradient_checkpointing"]
 # What decides, with the model, the held-out prompts and the distribution of the responses to them.
 TASK = "dataset subset split map chat_template max_prompt_tokens truncate_prompts".split()
-TASK += ["max_response_tokens", "temperature"]
+TASK += ["max_response_tokens", "stop", "temperature"]
 ROUND = 32  # samples a prompt between two saves of the limit; another number gives other samples
 SCORES = ("reward", "gold")
 Names = Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="NAME …", help_behavior_hint="")]
@@ -140,6 +141,7 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
     truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
+    stop: tuple[str, ...] = ()  # texts that end a response, which is read without them (default for hh: "\\n\\nHuman:")
     temperature: float = 1.0  # of the distribution sampled from, in every log-probability and KL too
     # Sizes
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
@@ -243,7 +245,7 @@ def load_frozen(auto_class, name, flag, device, args):
         torch.set_float32_matmul_precision("high")  # for the head: float32 in and out, TF32 products
         trunk.forward = torch.autocast(device.type, torch.bfloat16)(trunk.forward)
         for part in trunk.modules():
-            if isinstance(part, torch.nn.Linear):
+            if isinstance(part, torch.nn.Linear) and part.weight.dtype == torch.float32:
                 part.to(torch.bfloat16)
     return model.requires_grad_(False).to(device)
 
@@ -423,17 +425,25 @@ class InplaceLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def before_stop(y, tokenizer, stop):
+    """Response y as rewards and people read it: if a text of `stop` ended it, what is before that, and EOS."""
+    found = re.search("|".join(map(re.escape, stop)), tokenizer.decode(y)) if stop else None
+    ids = tokenizer(found.string[: found.start()], add_special_tokens=False).input_ids if found else []
+    return torch.tensor([*ids, tokenizer.eos_token_id]) if found else y
+
+
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)  # an outer scope: the inner ones share their bfloat16 copies of the weights
-def sample_responses(model, prompts, noise, temperature, end_ids):
+def sample_responses(model, prompts, noise, temperature, end_ids, tokenizer=None, stop=()):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
     `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
-    response depends on its own row alone. Returns N pairs on the CPU: the tokens of a response, up to and including an
-    id of `end_ids`, and their log-probabilities, float32."""
+    response depends on its own row alone. Returns N triples on the CPU: the tokens of a response, up to and including
+    one of `end_ids` or the end of a text of `stop`; their log-probabilities, float32; before_stop of it, the answer."""
     noise, end_ids, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
     (N, T), K, noise = noise.shape, len(noise) // len(prompts), noise.to(device)
     input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
+    stopped = StopStringCriteria(tokenizer, [*stop]) if stop else None
     cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
     cache.layers = [InplaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
@@ -451,6 +461,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
         tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
         lengths[rows] += going
         going &= ~torch.isin(token.squeeze(1), end_ids)
+        if stopped:
+            going &= ~stopped(tokens[rows, : t + 1], None)
         if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
             cache.batch_select_indices(going.nonzero().squeeze(1))
             rows, token, mask, going = (v[going] for v in (rows, token, mask, going))
@@ -459,7 +471,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
         mask = F.pad(mask, (0, 1), value=1)
         inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
         hidden = model.base_model(token, **inputs).last_hidden_state
-    return [(y[:n].clone(), p[:n].clone()) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())]
+    found = zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())
+    return [(y[:n].clone(), p[:n].clone(), before_stop(y[:n].clone(), tokenizer, stop)) for y, p, n in found]
 
 
 def response_hidden(model, prompts, responses):
@@ -536,6 +549,7 @@ def check(args):
         if not all(low <= x < 2**63 for x in values if isinstance(x, int | float)):
             raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {low:g}, below {2**63:.3g}.")
     if isinstance(args, Args):
+        args.stop = tuple(x.replace(r"\n", "\n") for x in args.stop)
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
         if PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available()).num_processes > 1:
@@ -613,7 +627,7 @@ def load_judges(args, model, tokenizer, device, needed=True):
         found = reward_model.config.num_labels, reward_model.get_input_embeddings().num_embeddings
         if found[0] != 1 or found[1] < len(tokenizer) or not hasattr(reward_model, "score") or not same:
             wanted = f"expected a score and the policy's {len(tokenizer)} tokens, found {found[0]} and {found[1]}"
-            raise UserError(f"--reward-model {path}: {wanted}{' others' * (not same)}; use --reward-fn.")
+            raise UserError(f"--reward-model {path}: {wanted}{' others' * (not same)}; see docs/recipes.md.")
         judges["reward"] = partial(in_batches, partial(response_scores, reward_model), batch_size=args.micro_batch_size)
     if gold_fn:
         judges["gold"] = text_reward(gold_fn, "--gold-fn", tokenizer)
@@ -629,6 +643,7 @@ def answer(args, num, reference=None):
     device, record = PartialState().device, first_record(args.models)
     base = record["args"]["model"] if record else args.models[0]
     args.dataset = args.dataset or ("tiny" if base == "tiny" else "hh")
+    args.stop = args.stop or ("\n\nHuman:",) * (args.dataset == "hh")
     paths = [find_policy(name) for name in args.models]
     for path in paths:  # before the first answers: is the last one there?
         options = {"trust_remote_code": args.trust_remote_code}
@@ -653,15 +668,17 @@ def answer(args, num, reference=None):
             raise UserError(f"{path}: its tokens are not those of {paths[0]}; only like can be compared.")
         if reference and policy.config.vocab_size != reference.config.vocab_size:
             raise UserError(f"{path}: its tokens are not those of the reference; pass --reference.")
-        sample = partial(sample_responses, policy, temperature=args.temperature, end_ids=end_ids)
-        responses = [y for y, _ in in_batches(sample, prompts, noise, args.sampling_batch_size)]
-        values.append({name: judge(prompts, responses).double() for name, judge in judges.items()})
-        values[i]["length"], values[i]["eos_rate"] = torch.tensor([(len(y), y[-1] in end_ids) for y in responses]).T
+        options = {"temperature": args.temperature, "end_ids": end_ids, "tokenizer": tokenizer, "stop": args.stop}
+        sample = partial(sample_responses, policy, **options)
+        responses, _, answers = zip(*in_batches(sample, prompts, noise, args.sampling_batch_size))
+        values.append({name: judge(prompts, answers).double() for name, judge in judges.items()})
+        values[i]["length"] = torch.tensor([*map(len, responses)])
+        values[i]["eos_rate"] = torch.tensor([y[-1] in end_ids for y in answers])
         if reference:
             token_kl = partial(response_kl, policy, reference, temperature=args.temperature)
             values[i]["kl"] = in_batches(token_kl, prompts, responses, args.micro_batch_size)[:, 0]
         decode = partial(tokenizer.batch_decode, skip_special_tokens=True)
-        prompt_texts, whole = decode(prompts), decode([torch.cat(row) for row in zip(prompts, responses)])
+        prompt_texts, whole = decode(prompts), decode([torch.cat(row) for row in zip(prompts, answers)])
         texts.append([y[len(x) :] for x, y in zip(prompt_texts, whole)])
     return prompt_texts, texts, values, sources | {"dataset": args.dataset}
 
@@ -812,6 +829,8 @@ def draw(file, title, key, curves, limit):
     axes.legend(loc="best", fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
+    with SummaryWriter(file.with_suffix("")) as writer:  # for TensorBoard's tab of images
+        writer.add_figure(file.stem, figure)
 
 
 def frontier(args):
@@ -878,9 +897,9 @@ def draw_samples(args, file, inputs, sample, prompts, judges):
     for number in tqdm(rounds, desc="limit", unit=f"x {ROUND * len(prompts):,} samples", disable=not rounds):
         generator = torch.Generator().manual_seed(args.seed + 1_000_003 * (number + 1))
         noise = torch.rand(len(prompts) * ROUND, args.max_response_tokens, dtype=torch.float64, generator=generator)
-        responses = [y for y, _ in in_batches(sample, prompts, noise, args.sampling_batch_size)]
+        _, _, answers = zip(*in_batches(sample, prompts, noise, args.sampling_batch_size))
         for name, judge in judges.items():
-            new = judge(fours, responses).view(len(prompts), ROUND)
+            new = judge(fours, answers).view(len(prompts), ROUND)
             values[name] = torch.cat([values[name], new], 1) if name in values else new
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -919,6 +938,7 @@ def limit(args):
     """The subcommand. Returns what it writes."""
     device = PartialState().device
     args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
+    args.stop = args.stop or ("\n\nHuman:",) * (args.dataset == "hh")
     args.model = args.model if args.model == "tiny" else find_policy(args.model)
     policy_path = find_stage("sft", args.model, args.dataset) or args.model
     reference = load_frozen(AutoModelForCausalLM, policy_path, "--model", device, args)
@@ -932,7 +952,7 @@ def limit(args):
 
     record = {"args": json.loads(json.dumps(asdict(args))), "base_name": base, "policy": policy_path}
     record |= {"script": "limit", **sources, "num_prompts": len(prompts)}
-    inputs = {k: record["args"][k] for k in ("seed", "temperature", "max_response_tokens", "dtype")}
+    inputs = {k: record["args"][k] for k in ("seed", "temperature", "max_response_tokens", "stop", "dtype")}
     inputs["prompts"] = f"{short_name(args.dataset)} {fingerprint(prompts)}"
     models = {"reference": reference, "reward": reward_model, "gold": None}
     for name, path in {"reference": policy_path, **sources}.items():
@@ -941,7 +961,8 @@ def limit(args):
         elif path:  # FILE.py:f
             tensors = [torch.frombuffer(bytearray(Path(path.rpartition(":")[0]).read_bytes()), dtype=torch.uint8)]
         inputs[name] = f"{short_name(path)} {fingerprint(tensors)}" if path else ""
-    sample = partial(sample_responses, reference, temperature=args.temperature, end_ids=end_ids)
+    options = {"temperature": args.temperature, "end_ids": end_ids, "tokenizer": tokenizer, "stop": args.stop}
+    sample = partial(sample_responses, reference, **options)
     if args.overwrite:
         (folder / "limit.json").unlink(missing_ok=True)
     values = draw_samples(args, folder / "rewards.pt", inputs, sample, prompts, judges)

@@ -58,7 +58,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StopStringCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
@@ -138,6 +138,7 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
     truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
+    stop: tuple[str, ...] = ()  # texts that end a response, which is read without them (default for hh: "\\n\\nHuman:")
     # Sizes
     num_updates: int = 60  # rounds of sampling and training (online); optimizer steps at most (offline; 0: all data)
     prompts_per_update: int = 32  # prompts sampled in an update
@@ -182,7 +183,7 @@ class RunError(Exception):
 
 # ----------------------------------------------------------------------------------------------- set up, find and load
 def set_up(args):
-    """The accelerator: one device a process. Raises UserError for a number out of range, before all else."""
+    """The accelerator; args completed. Raises UserError, for a number out of range before all else."""
     at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs ratio_bound"
     at_least_1 += " max_prompt_tokens max_response_tokens ref_samples_per_prompt"
     lowest = dict.fromkeys(at_least_1.split(), 1) | {"eval_prompts": 2, "temperature": 0.001}
@@ -196,6 +197,11 @@ def set_up(args):
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
     if args.track:
         import wandb  # noqa: F401  optional: if it is missing, no run is touched
+    args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
+    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
+        args.model = f"EleutherAI/{args.model}"
+    if "stop" in vars(args):
+        args.stop = tuple(x.replace(r"\n", "\n") for x in args.stop) or ("\n\nHuman:",) * (args.dataset == "hh")
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts, processes = args.minibatch_size, vars(args).get("prompts_per_update"), accelerator.num_processes
     if prompts and (prompts % size or size % processes):
@@ -281,7 +287,7 @@ def set_up_model(model, args, train):
         torch.set_float32_matmul_precision("high")  # for the head: float32 in and out, TF32 products
         trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
         for part in trunk.modules():
-            if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
+            if isinstance(part, torch.nn.Linear) and (w := part.weight).dtype == torch.float32 and not w.requires_grad:
                 part.to(torch.bfloat16)
     return model
 
@@ -468,17 +474,25 @@ class InplaceLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def before_stop(y, tokenizer, stop):
+    """Response y as rewards and people read it: if a text of `stop` ended it, what is before that, and EOS."""
+    found = re.search("|".join(map(re.escape, stop)), tokenizer.decode(y)) if stop else None
+    ids = tokenizer(found.string[: found.start()], add_special_tokens=False).input_ids if found else []
+    return torch.tensor([*ids, tokenizer.eos_token_id]) if found else y
+
+
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)  # an outer scope: the inner ones share their bfloat16 copies of the weights
-def sample_responses(model, prompts, noise, temperature, end_ids):
+def sample_responses(model, prompts, noise, temperature, end_ids, tokenizer=None, stop=()):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
     `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
-    response depends on its own row alone. Returns N pairs on the CPU: the tokens of a response, up to and including an
-    id of `end_ids`, and their log-probabilities, float32."""
+    response depends on its own row alone. Returns N triples on the CPU: the tokens of a response, up to and including
+    one of `end_ids` or the end of a text of `stop`; their log-probabilities, float32; before_stop of it, the answer."""
     noise, end_ids, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
     (N, T), K, noise = noise.shape, len(noise) // len(prompts), noise.to(device)
     input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
+    stopped = StopStringCriteria(tokenizer, [*stop]) if stop else None
     cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
     cache.layers = [InplaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
@@ -496,6 +510,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
         tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
         lengths[rows] += going
         going &= ~torch.isin(token.squeeze(1), end_ids)
+        if stopped:
+            going &= ~stopped(tokens[rows, : t + 1], None)
         if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
             cache.batch_select_indices(going.nonzero().squeeze(1))
             rows, token, mask, going = (v[going] for v in (rows, token, mask, going))
@@ -504,7 +520,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
         mask = F.pad(mask, (0, 1), value=1)
         inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
         hidden = model.base_model(token, **inputs).last_hidden_state
-    return [(y[:n].clone(), p[:n].clone()) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())]
+    found = zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())
+    return [(y[:n].clone(), p[:n].clone(), before_stop(y[:n].clone(), tokenizer, stop)) for y, p, n in found]
 
 
 def response_hidden(model, prompts, responses):
@@ -615,19 +632,19 @@ def response_values(value_model, prompts, responses, hidden=None):
     return value_model(hidden[:, :-1].float()).squeeze(2)
 
 
-def evaluate(policy, reference, prompts, noise, judges, sft_rewards, temperature, end_ids, batch_size):
-    """Returns (point of the KL–reward frontier over B held-out prompts, docs/metrics.md; responses; their rewards [B]).
-    `judges`: {"reward", maybe "gold": function of (prompts, responses)}; `sft_rewards` [B]: of the SFT policy's."""
-    sample = partial(sample_responses, policy, temperature=temperature, end_ids=end_ids)
-    token_kl = partial(response_kl, policy, reference, temperature=temperature)
-    responses = [y for y, _ in in_batches(sample, prompts, noise)]
-    kl = in_batches(token_kl, prompts, responses, batch_size)
-    values = {"kl": kl[:, 0], "kl_k1": kl[:, 1], **{name: f(prompts, responses) for name, f in judges.items()}}
-    values["length"], values["eos_rate"] = torch.tensor([(len(y), y[-1] in end_ids) for y in responses]).T
+def evaluate(policy, reference, prompts, noise, judges, sft_rewards, settings, batch_size):
+    """Returns (point of the KL–reward frontier over B held-out prompts, docs/metrics.md; answers; their rewards [B]).
+    `judges`: {"reward", maybe "gold": function of (prompts, responses)}; `sft_rewards` [B]: of the SFT policy's;
+    `settings` of sample_responses."""
+    responses, _, answers = zip(*in_batches(partial(sample_responses, policy, **settings), prompts, noise))
+    token_kl = partial(response_kl, policy, reference, temperature=settings["temperature"])
+    kl, lengths = in_batches(token_kl, prompts, responses, batch_size), torch.tensor([*map(len, responses)])
+    values = {"kl": kl[:, 0], "kl_k1": kl[:, 1], **{name: f(prompts, answers) for name, f in judges.items()}}
+    values |= {"length": lengths, "eos_rate": torch.tensor([y[-1] in settings["end_ids"] for y in answers])}
     values["win_rate_vs_sft"] = (values["reward"] - sft_rewards).sign() / 2 + 0.5  # a tie is half a win
     point = {name: value.double().mean().item() for name, value in values.items()}
     errors = {f"{k}_se": v.double().std().item() / len(prompts) ** 0.5 for k, v in values.items() if len(prompts) > 1}
-    return point | errors, responses, values["reward"]
+    return point | errors, answers, values["reward"]
 
 
 # ------------------------------------------------------------------------------------------ processes, checkpoints, run
@@ -781,7 +798,9 @@ def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs
                 weights = {name[6:]: weight.float() for name, weight in weights.items() if name[:6] == "model."}
                 inner.model.save_pretrained(part, state_dict=weights)
                 tokenizer.save_pretrained(part)
-                (part / "README.md").write_text(f"Made by {NAME}.py:\n```\n{(folder / 'args.json').read_text()}\n```\n")
+                files = [folder / "args.json", *folder.glob("evaluations.jsonl"), *folder.glob("frontier.jsonl")]
+                card = "".join(f"\n{file.name}\n```\n{file.read_text()}\n```\n" for file in files)
+                (part / "README.md").write_text(f"Made by {NAME}.py\n{card}")
                 found = inner(*inputs, model=load_model(auto_class, part, "--output-dir", inner.model.device, args))
             except Exception as error:
                 raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
@@ -810,9 +829,6 @@ def log(file, writer, step, values):
 def main(args):
     # ------------------------------------------------------------------------- policy, reference, reward, prompts
     accelerator = set_up(args)
-    args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
-    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
-        args.model = f"EleutherAI/{args.model}"
     policy_path = find_stage("sft", args.model, args.dataset) or args.model
     policy = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args, train=True)
     reward_path = args.reward_fn or args.reward_model or find_stage("reward_model", args.model, args.dataset)
@@ -837,7 +853,7 @@ def main(args):
         found = reward_model.config.num_labels, reward_model.get_input_embeddings().num_embeddings
         if found[0] != 1 or found[1] < len(tokenizer) or not hasattr(reward_model, "score") or not same:
             wanted = f"expected a score and the policy's {len(tokenizer)} tokens, found {found[0]} and {found[1]}"
-            raise UserError(f"--reward-model {reward_path}: {wanted}{' others' * (not same)}; use --reward-fn.")
+            raise UserError(f"--reward-model {reward_path}: {wanted}{' others' * (not same)}; see docs/recipes.md.")
         score = partial(in_batches, partial(response_scores, reward_model), batch_size=args.micro_batch_size)
     shape = [getattr(policy.config, key, None) for key in SHAPE]
     torch.manual_seed(args.seed)  # of a new head
@@ -886,8 +902,9 @@ def main(args):
     B, K, T, max_rows = args.prompts_per_update, args.num_responses, args.max_response_tokens, args.micro_batch_size
     N = B * K
     sft_noise, eval_noise = uniform(2, len(eval_prompts), T, generator=torch.Generator().manual_seed(args.seed))
-    sample = partial(sample_responses, temperature=args.temperature, end_ids=end_ids)
-    sft_responses = [y for y, _ in in_batches(partial(sample, reference), eval_prompts, sft_noise)]
+    settings = {"temperature": args.temperature, "end_ids": end_ids, "tokenizer": tokenizer, "stop": args.stop}
+    sample = partial(sample_responses, **settings)
+    _, _, sft_responses = zip(*in_batches(partial(sample, reference), eval_prompts, sft_noise))
     sft_rewards = score(eval_prompts, sft_responses)
 
     # ------------------------------------------------------------------------- training
@@ -912,7 +929,7 @@ def main(args):
             print(f"\nstopped after {update} updates: the same command with --resume goes on", file=sys.stderr)
             sys.exit(128 + stop[0])
         if update in (0, args.num_updates) or args.eval_every and update % args.eval_every == 0:
-            evaluation = (eval_prompts, eval_noise, judges, sft_rewards, args.temperature, end_ids, max_rows)
+            evaluation = (eval_prompts, eval_noise, judges, sft_rewards, settings, max_rows)
             with gathered(trained):
                 point, responses, rewards = evaluate(policy, reference, *evaluation)
             log(folder / "frontier.jsonl", writer, update, point)
@@ -931,12 +948,12 @@ def main(args):
             queue += torch.randperm(len(prompts), generator=generator).tolist()
         batch, queue = [prompts[i] for i in queue[:B]], queue[B:]
         with gathered(trained):
-            y, sampled_logprobs = zip(*in_batches(partial(sample, policy), batch, uniform(N, T)))
+            y, sampled_logprobs, answers = zip(*in_batches(partial(sample, policy), batch, uniform(N, T)))
         clock.append(time.perf_counter())
 
         # 2. Score them.
-        scores = score(batch, y).view(B, K)
-        ended = torch.tensor([row[-1] in end_ids for row in y]).view(B, K)
+        scores = score(batch, answers).view(B, K)
+        ended = torch.tensor([row[-1] in end_ids for row in answers]).view(B, K)
         baseline = score(batch, [chosen[tuple(x.tolist())] for x in batch])[:, None] if args.delta_reward else 0
         final_rewards, scale = scale_by_std(scores - baseline - args.missing_eos_penalty * ~ended, running)  # [B, K]
         clock.append(time.perf_counter())

@@ -122,7 +122,7 @@ class RunError(Exception):
 
 # ----------------------------------------------------------------------------------------------- set up, find and load
 def set_up(args):
-    """The accelerator: one device a process. Raises UserError for a number out of range, before all else."""
+    """The accelerator; args completed. Raises UserError, for a number out of range before all else."""
     at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs ratio_bound"
     at_least_1 += " max_prompt_tokens max_response_tokens ref_samples_per_prompt"
     lowest = dict.fromkeys(at_least_1.split(), 1) | {"eval_prompts": 2, "temperature": 0.001}
@@ -136,6 +136,11 @@ def set_up(args):
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
     if args.track:
         import wandb  # noqa: F401  optional: if it is missing, no run is touched
+    args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
+    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
+        args.model = f"EleutherAI/{args.model}"
+    if "stop" in vars(args):
+        args.stop = tuple(x.replace(r"\n", "\n") for x in args.stop) or ("\n\nHuman:",) * (args.dataset == "hh")
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts, processes = args.minibatch_size, vars(args).get("prompts_per_update"), accelerator.num_processes
     if prompts and (prompts % size or size % processes):
@@ -221,7 +226,7 @@ def set_up_model(model, args, train):
         torch.set_float32_matmul_precision("high")  # for the head: float32 in and out, TF32 products
         trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
         for part in trunk.modules():
-            if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
+            if isinstance(part, torch.nn.Linear) and (w := part.weight).dtype == torch.float32 and not w.requires_grad:
                 part.to(torch.bfloat16)
     return model
 
@@ -594,7 +599,9 @@ def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs
                 weights = {name[6:]: weight.float() for name, weight in weights.items() if name[:6] == "model."}
                 inner.model.save_pretrained(part, state_dict=weights)
                 tokenizer.save_pretrained(part)
-                (part / "README.md").write_text(f"Made by {NAME}.py:\n```\n{(folder / 'args.json').read_text()}\n```\n")
+                files = [folder / "args.json", *folder.glob("evaluations.jsonl"), *folder.glob("frontier.jsonl")]
+                card = "".join(f"\n{file.name}\n```\n{file.read_text()}\n```\n" for file in files)
+                (part / "README.md").write_text(f"Made by {NAME}.py\n{card}")
                 found = inner(*inputs, model=load_model(auto_class, part, "--output-dir", inner.model.device, args))
             except Exception as error:
                 raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
@@ -623,9 +630,6 @@ def log(file, writer, step, values):
 def main(args):
     # ------------------------------------------------------------------------- model, data
     accelerator = set_up(args)
-    args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
-    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
-        args.model = f"EleutherAI/{args.model}"
     torch.manual_seed(args.seed)
     policy_path = find_stage("sft", args.model, args.dataset) or args.model
     print(f"model         {policy_path} ({'no SFT run' if policy_path == args.model else 'SFT'}), new scalar head")

@@ -46,7 +46,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StopStringCriteria
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
@@ -121,7 +121,7 @@ class RunError(Exception):
 
 # ----------------------------------------------------------------------------------------------- set up, find and load
 def set_up(args):
-    """The accelerator: one device a process. Raises UserError for a number out of range, before all else."""
+    """The accelerator; args completed. Raises UserError, for a number out of range before all else."""
     at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs ratio_bound"
     at_least_1 += " max_prompt_tokens max_response_tokens ref_samples_per_prompt"
     lowest = dict.fromkeys(at_least_1.split(), 1) | {"eval_prompts": 2, "temperature": 0.001}
@@ -135,6 +135,11 @@ def set_up(args):
         raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
     if args.track:
         import wandb  # noqa: F401  optional: if it is missing, no run is touched
+    args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
+    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
+        args.model = f"EleutherAI/{args.model}"
+    if "stop" in vars(args):
+        args.stop = tuple(x.replace(r"\n", "\n") for x in args.stop) or ("\n\nHuman:",) * (args.dataset == "hh")
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts, processes = args.minibatch_size, vars(args).get("prompts_per_update"), accelerator.num_processes
     if prompts and (prompts % size or size % processes):
@@ -205,7 +210,7 @@ def set_up_model(model, args, train):
         torch.set_float32_matmul_precision("high")  # for the head: float32 in and out, TF32 products
         trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
         for part in trunk.modules():
-            if isinstance(part, torch.nn.Linear) and not part.weight.requires_grad:
+            if isinstance(part, torch.nn.Linear) and (w := part.weight).dtype == torch.float32 and not w.requires_grad:
                 part.to(torch.bfloat16)
     return model
 
@@ -370,17 +375,25 @@ class InplaceLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def before_stop(y, tokenizer, stop):
+    """Response y as rewards and people read it: if a text of `stop` ended it, what is before that, and EOS."""
+    found = re.search("|".join(map(re.escape, stop)), tokenizer.decode(y)) if stop else None
+    ids = tokenizer(found.string[: found.start()], add_special_tokens=False).input_ids if found else []
+    return torch.tensor([*ids, tokenizer.eos_token_id]) if found else y
+
+
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)  # an outer scope: the inner ones share their bfloat16 copies of the weights
-def sample_responses(model, prompts, noise, temperature, end_ids):
+def sample_responses(model, prompts, noise, temperature, end_ids, tokenizer=None, stop=()):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
     `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
-    response depends on its own row alone. Returns N pairs on the CPU: the tokens of a response, up to and including an
-    id of `end_ids`, and their log-probabilities, float32."""
+    response depends on its own row alone. Returns N triples on the CPU: the tokens of a response, up to and including
+    one of `end_ids` or the end of a text of `stop`; their log-probabilities, float32; before_stop of it, the answer."""
     noise, end_ids, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
     (N, T), K, noise = noise.shape, len(noise) // len(prompts), noise.to(device)
     input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
+    stopped = StopStringCriteria(tokenizer, [*stop]) if stop else None
     cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
     cache.layers = [InplaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
@@ -398,6 +411,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
         tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
         lengths[rows] += going
         going &= ~torch.isin(token.squeeze(1), end_ids)
+        if stopped:
+            going &= ~stopped(tokens[rows, : t + 1], None)
         if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
             cache.batch_select_indices(going.nonzero().squeeze(1))
             rows, token, mask, going = (v[going] for v in (rows, token, mask, going))
@@ -406,7 +421,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
         mask = F.pad(mask, (0, 1), value=1)
         inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
         hidden = model.base_model(token, **inputs).last_hidden_state
-    return [(y[:n].clone(), p[:n].clone()) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())]
+    found = zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())
+    return [(y[:n].clone(), p[:n].clone(), before_stop(y[:n].clone(), tokenizer, stop)) for y, p, n in found]
 
 
 def response_hidden(model, prompts, responses):
@@ -623,7 +639,9 @@ def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs
                 weights = {name[6:]: weight.float() for name, weight in weights.items() if name[:6] == "model."}
                 inner.model.save_pretrained(part, state_dict=weights)
                 tokenizer.save_pretrained(part)
-                (part / "README.md").write_text(f"Made by {NAME}.py:\n```\n{(folder / 'args.json').read_text()}\n```\n")
+                files = [folder / "args.json", *folder.glob("evaluations.jsonl"), *folder.glob("frontier.jsonl")]
+                card = "".join(f"\n{file.name}\n```\n{file.read_text()}\n```\n" for file in files)
+                (part / "README.md").write_text(f"Made by {NAME}.py\n{card}")
                 found = inner(*inputs, model=load_model(auto_class, part, "--output-dir", inner.model.device, args))
             except Exception as error:
                 raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
@@ -652,9 +670,6 @@ def log(file, writer, step, values):
 def main(args):
     # ------------------------------------------------------------------------- model, data
     accelerator = set_up(args)
-    args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
-    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
-        args.model = f"EleutherAI/{args.model}"
     torch.manual_seed(args.seed)
     if args.model == "tiny":  # embedded as a configuration: its weights start from nothing
         if args.lora_rank:
@@ -718,7 +733,7 @@ def main(args):
             shown = eval_x[update % len(eval_x)]
             with gathered(trained):
                 total = in_batches(logprobs_of, eval_x, eval_y, args.micro_batch_size).double().sum().item()
-                ((response, _),) = sample_responses(policy, [shown], shown_noise, args.temperature, end_ids)
+                ((response, *_),) = sample_responses(policy, [shown], shown_noise, args.temperature, end_ids)
             loss = -total / sum(len(response) for response in eval_y)
             log(folder / "evaluations.jsonl", writer, update, {"sft/eval_loss": loss})
             texts = (" ".join(tokenizer.decode(ids).split()) for ids in (shown, response))

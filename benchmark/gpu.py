@@ -169,7 +169,7 @@ def same_tokens(shape):
     prompts = [ids[: 9 + i] for i, ids in enumerate(some_ids(8, 24))]
     inputs = (model, prompts, torch.rand(16, 40, dtype=torch.float64), 1.0, [7])
     pairs = list(zip(p3o.sample_responses(*inputs), graph_sample_responses(*inputs)))
-    same = [(p, q) for (y, p), (z, q) in pairs if torch.equal(y, z)]
+    same = [(p, q) for (y, p, _), (z, q) in pairs if torch.equal(y, z)]
     difference = max(((p - q).abs().max().item() for p, q in same), default=None)
     return {"same": len(same), "of": len(pairs), "largest_difference": difference}
 
@@ -201,7 +201,7 @@ def update(shape, rows, length, tokens, micro_batch_size):
     logprobs = partial(p3o.response_logprobs, temperature=1.0)
 
     def run():
-        y = [row for row, _ in p3o.sample_responses(policy, prompts, noise, 1.0, [-1])]
+        y = [row for row, *_ in p3o.sample_responses(policy, prompts, noise, 1.0, [-1])]
         r = p3o.in_batches(partial(p3o.response_scores, scorer), prompts, y, micro_batch_size).view(-1, K)
         ref = p3o.in_batches(partial(logprobs, reference), prompts, y, micro_batch_size).double().sum(1).view(-1, K)
         for part in torch.arange(len(prompts)).split(max(1, micro_batch_size // K)):

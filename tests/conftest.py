@@ -122,7 +122,7 @@ def sampled(model, prompts, noise, temperature, end_ids):
     """sample_responses with noise [B, K, T]: its responses, and their log-probabilities as one tensor padded with 0."""
     from p3o_v2 import sample_responses
 
-    responses, logprobs = zip(*sample_responses(model, prompts, noise.flatten(0, 1), temperature, end_ids))
+    responses, logprobs, _ = zip(*sample_responses(model, prompts, noise.flatten(0, 1), temperature, end_ids))
     return list(responses), torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True)
 
 

@@ -170,7 +170,7 @@ FILES = {code.split("\n")[0].split()[1]: code for language, code in fences(RECIP
 
 
 def test_the_recipe_of_a_classifier_runs(tmp_path):
-    (tmp_path / "classifier.py").write_text(FILES["classifier.py"])
+    shutil.copy(ROOT / "docs/examples/classifier.py", tmp_path)
     (tmp_path / "rewards.py").write_text(FILES["rewards.py"])
     rewards = ["--reward-fn", "classifier.py:score", "--gold-fn", "rewards.py:total"]
     run("p3o_v2", *TINY, *rewards, cwd=tmp_path, CLASSIFIER=str(ROOT / "tiny/reward_model"))

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Script, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import evaluate
@@ -336,6 +337,7 @@ def real_run(tmp_path_factory):
 def test_frontier_of_a_real_run(real_run):
     assert "p3o_v2" in run("evaluate", "frontier", "run", cwd=real_run)
     assert (real_run / "runs/frontier.png").stat().st_size > 20_000
+    assert EventAccumulator(str(real_run / "runs/frontier")).Reload().Tags()["images"] == ["frontier"]
 
 
 def test_compare(real_run):

@@ -200,7 +200,8 @@ noise = torch.rand(6, 4 + 8 * rank, dtype=torch.float64, generator=random)
 
 def call_the_model_inside():
     with gathered(trained), torch.no_grad():
-        (y, p), (expected_y, expected_p) = (zip(*sample_responses(m, prompts, noise, 1, [0])) for m in (policy, plain))
+        one, other = (zip(*sample_responses(m, prompts, noise, 1, [0])) for m in (policy, plain))
+        (y, p, _), (expected_y, expected_p, _) = one, other
         found["sampled"].append(all(map(torch.equal, y, expected_y)))
         logprobs, expected = (response_logprobs(m, prompts, y, 1) for m in (policy, plain))
         differences = [torch.cat(p) - torch.cat(expected_p), logprobs - expected]

@@ -80,7 +80,7 @@ def samples():
     noise = torch.rand(1000, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ids = [torch.tensor(tokenizer(prompt).input_ids) for prompt in prompts]
     samples = p3o_v2.sample_responses(policy, ids, noise, 1.0, [tokenizer.eos_token_id])
-    return prompts, tokenizer.batch_decode([y for y, _ in samples], skip_special_tokens=True)
+    return prompts, tokenizer.batch_decode([y for y, *_ in samples], skip_special_tokens=True)
 
 
 def test_sft_policy_speaks_the_grammar(samples):

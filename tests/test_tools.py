@@ -88,6 +88,26 @@ def test_a_new_head_is_trained_beside_the_factors():
     ]
 
 
+# ----------------------------------------------------------------------------------------------------- quantised models
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_quantised_reward_model_is_loaded_as_it_is(dtype, tmp_path, monkeypatch):
+    """By the lines of docs/recipes.md. It scores as transformers has it score."""
+    text = (ROOT / "docs/recipes.md").read_text()
+    (code,) = re.findall(r"```python\n(from transformers import [^\n]*BitsAndBytesConfig\n.*?)```", text, re.S)
+    shutil.copytree(ROOT / "tiny/reward_model", tmp_path / "REWARD")
+    monkeypatch.chdir(tmp_path)
+    exec(code)
+    run("p3o_v2", *QUICK, "--reward-model", "REWARD8", "--dtype", dtype, cwd=tmp_path)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("REWARD", "REWARD8")]
+    assert sizes[1] < 0.6 * sizes[0]
+    model = p3o_v2.load_model(AutoModelForSequenceClassification, "REWARD8", "", "cpu", p3o_v2.Args(dtype=dtype))
+    assert {"Linear8bitLt"} < {type(part).__name__ for part in model.modules()}
+    plain = AutoModelForSequenceClassification.from_pretrained("REWARD8")
+    ids = [torch.cat(row)[None] for row in zip(*IDS)]
+    expected = torch.stack([plain(row).logits[0, 0] for row in ids])
+    assert torch.allclose(p3o_v2.response_scores(model, *IDS), expected, atol=0.02 if dtype == "float32" else 0.1)
+
+
 # ------------------------------------------------------------------------------------------------- a look at the data
 @pytest.mark.parametrize("script, parts", [("p3o_v2", 1), ("ppo", 1), ("dpo", 3), ("sft", 2), ("reward_model", 3)])
 def test_a_dry_run_shows_rows_and_leaves_nothing(script, parts, tmp_path):
@@ -109,6 +129,65 @@ def test_the_memory_of_a_dry_run(capsys):
 
 
 # ------------------------------------------------------------------------------------------------------- more ends
+STOPS = [(), ("the ",), ("e.", " is"), ("e",)]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(stop):
+    """What is sampled until then is the same, in whatever batch; what is read of it is the text before, and an end."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{p3o_v2.TINY}/sft")
+    policy = AutoModelForCausalLM.from_pretrained(f"{p3o_v2.TINY}/sft").eval()
+    prompts = [
+        torch.tensor(tokenizer(f"\n\nHuman: {x}\n\nAssistant:").input_ids) for x in ("Hi", "How do I feed a cat?")
+    ]
+    noise = torch.rand(16, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    end, ended = tokenizer.eos_token_id, 0
+    whole = p3o_v2.sample_responses(policy, prompts, noise, 1.0, [end])
+    found = p3o_v2.sample_responses(policy, prompts, noise, 1.0, [end], tokenizer, stop)
+    for (y, p, answer), (z, q, _) in zip(found, whole):
+        lengths = [n for n in range(1, len(z) + 1) if any(x in tokenizer.decode(z[:n]) for x in stop)]
+        n = min(lengths, default=len(z))
+        assert torch.equal(y, z[:n]) and torch.allclose(p, q[:n], atol=1e-5)
+        if lengths:
+            text = tokenizer.decode(y)
+            before = text[: min(text.index(x) for x in stop if x in text)]
+            assert tokenizer.decode(answer[:-1]) == before and answer[-1] == end
+        else:
+            assert torch.equal(answer, y)
+        ended += bool(lengths)
+    assert (ended > 4) == bool(stop)
+    if stop:
+        (alone,) = p3o_v2.sample_responses(policy, prompts[1:], noise[11:12], 1.0, [end], tokenizer, stop)
+        assert torch.equal(alone[0], found[11][0]) and torch.equal(alone[2], found[11][2])
+
+
+@pytest.mark.parametrize("script, flags", [("p3o_v2", QUICK), ("ppo", QUICK), ("mpo", OFFLINE)])
+def test_rewards_and_samples_stop_before_a_stop_string(script, flags, tmp_path):
+    """Backslash n is a line break, as no shell writes one."""
+    code = "def f(xs, ys):\n    assert not any('o' in y for y in ys)\n    return [len(y) for y in ys]\n"
+    (tmp_path / "r.py").write_text(code)
+    run(
+        script, *flags, "--max-response-tokens", 24, "--stop", "o", r"\n\nHuman:", "--reward-fn", "r.py:f", cwd=tmp_path
+    )
+    assert json.loads((tmp_path / "run/args.json").read_text())["args"]["stop"] == ["o", "\n\nHuman:"]
+    for row in lines(tmp_path / "run/samples.jsonl"):
+        assert not any("o" in y for key in ("sft_responses", "responses") for y in row[key])
+        assert row["rewards"] == [len(y) for y in row["responses"]]
+    points = lines(tmp_path / "run/frontier.jsonl")
+    assert all(point["eos_rate"] == 1 and point["length"] < 24 for point in points) and points[0]["kl"] == 0
+    said = run("evaluate", "samples", "run", "--num", 2, "--output", "samples.md", cwd=tmp_path)
+    assert "cut at the length limit" not in said
+    answers = [part.split("\n")[2] for part in said.split("**run**")[1:]]
+    assert len(answers) == 2 and not any("o" in y for y in answers)
+
+
+def test_the_stop_string_of_hh():
+    args = [p3o_v2.Args(model="nowhere", dataset=name, device="cpu") for name in ("", "hh", "tldr", "tiny")]
+    for each in args:
+        p3o_v2.set_up(each)
+    assert [each.stop for each in args] == [("\n\nHuman:",), ("\n\nHuman:",), (), ()]
+
+
 def test_a_generation_config_may_name_more_ends(tmp_path, monkeypatch):
     """As docs/recipes.md says, here a full stop: responses end there too."""
     (code,) = re.findall(
@@ -124,7 +203,7 @@ def test_a_generation_config_may_name_more_ends(tmp_path, monkeypatch):
     assert end_ids == [0, stop]
     prompts = [torch.tensor(tokenizer("\n\nHuman: Hi\n\nAssistant:").input_ids)] * 64
     noise = torch.rand(64, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = [y.tolist() for y, _ in p3o_v2.sample_responses(policy, prompts, noise, 1.0, end_ids)]
+    found = [y.tolist() for y, *_ in p3o_v2.sample_responses(policy, prompts, noise, 1.0, end_ids)]
     assert all(token not in end_ids for y in found for token in y[:-1]) and stop in {y[-1] for y in found}
 
 

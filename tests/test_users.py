@@ -1,10 +1,8 @@
 """What users bring: data of many forms, chat templates, reward models with tokens of their own."""
 
 import json
-import re
 import runpy
 import shutil
-import textwrap
 
 import datasets
 import pytest
@@ -287,21 +285,61 @@ def test_a_reward_model_with_other_tokens_is_refused_with_the_remedy(script, kin
     a_reward_model(tmp_path / "judge", kind, vocab_size=800)
     flags = ["--dataset", jsonl(tmp_path / "rows.jsonl", PAIRS), "--reward-model", "judge"]
     said = run(script, *flags, cwd=tmp_path, code=2)
-    assert "--reward-model judge: expected a score and the policy's 768 tokens, found 1 and 800 others" in said
+    assert (
+        "--reward-model judge: expected a score and the policy's 768 tokens, found 1 and 800 others; see docs" in said
+    )
 
 
-@pytest.mark.parametrize("script", ["p3o_v2", "dpo"])
-def test_the_readmes_reward_function_takes_an_encoder(script, tmp_path):
-    """It gives what the model's own forward gives, and runs."""
-    folder, model, own = a_reward_model(tmp_path / "judge", "encoder")
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    code = re.sub('NAME = ".*"', f'NAME = "{folder}"', textwrap.dedent("  " + code.lstrip()))
-    (tmp_path / "judge.py").write_text(code)
-    found = runpy.run_path(tmp_path / "judge.py")["f"](["Hi", "A cactus?"], [" Yes.", " No, ask someone else."])
-    inputs = [own("Hi", " Yes.", return_tensors="pt"), own("A cactus?", " No, ask someone else.", return_tensors="pt")]
-    assert found == pytest.approx([model(**row).logits.item() for row in inputs], rel=1e-5)
-    flags = ["--dataset", jsonl(tmp_path / "rows.jsonl", PAIRS), "--reward-fn", "judge.py:f"]
-    run(script, *QUICK[script].split(), *flags, cwd=tmp_path)
+HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: A cactus?\n\nAssistant:"
+ROWS = [("Hi", " Yes."), (HH, " Give it water, not often."), ("Why? " * 60, " No.")]  # the last is too long for them
+TURNS = ["A cactus?", "Give it water, not often."]
+
+
+@pytest.fixture
+def classifier(tmp_path, monkeypatch):
+    """The example's function for a reward model, and what that gives for ids, alone."""
+
+    def load(kind, chat_template=None):
+        folder, model, own = a_reward_model(tmp_path / "judge", kind, chat_template)
+        monkeypatch.setenv("CLASSIFIER", str(folder))
+        score = runpy.run_path(ROOT / "docs/examples/classifier.py")["score"]
+        return lambda rows: score(*map(list, zip(*rows))), model, own
+
+    return load
+
+
+def test_the_example_gives_an_encoder_pairs(classifier):
+    score, model, own = classifier("encoder")
+    expected = [model(**own(*row, return_tensors="pt")).logits.item() for row in ROWS]
+    assert len({round(x, 3) for x in expected}) == 3
+    assert score(ROWS) == pytest.approx(expected, rel=1e-5)
+    assert score(ROWS[1:2]) == pytest.approx(expected[1:2], rel=1e-5)  # whatever else is scored
+
+
+def test_the_example_gives_a_decoder_one_text_and_counts_what_it_cuts(classifier, capsys):
+    score, model, own = classifier("decoder")
+    ids = [own(x + y, return_tensors="pt").input_ids[:, -128:] for x, y in ROWS]
+    assert score(ROWS) == pytest.approx([model(row).logits.item() for row in ids], rel=1e-5)
+    assert "1 of 3 texts cut on the left to the 128 tokens that" in capsys.readouterr().out
+
+
+def test_the_example_writes_dialogues_by_a_chat_template(classifier):
+    score, model, own = classifier("decoder", CHAT)
+    one = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    three = [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, ("Hi", "Hello.", *TURNS))]
+    ids = [own.apply_chat_template(chat, return_tensors="pt", return_dict=True).input_ids for chat in (one, three)]
+    assert score(ROWS[:2]) == pytest.approx([model(row).logits.item() for row in ids], rel=1e-5)
+
+
+@pytest.mark.parametrize("script, kind", [("p3o_v2", "decoder"), ("dpo", "encoder")])
+def test_the_example_as_the_reward_of_a_run(script, kind, tmp_path):
+    a_reward_model(tmp_path / "judge", kind)
+    flags = ["--dataset", jsonl(tmp_path / "rows.jsonl", PAIRS), "--output-dir", "run"]
+    flags += [*QUICK[script].split(), "--reward-fn", ROOT / "docs/examples/classifier.py:score"]
+    assert "name a reward model in the environment variable CLASSIFIER" in run(script, *flags, cwd=tmp_path, code=2)
+    run(script, *flags, cwd=tmp_path, CLASSIFIER="judge")
+    point = json.loads((tmp_path / "run/frontier.jsonl").read_text().splitlines()[0])
+    assert point["reward_se"] > 0
 
 
 # --------------------------------------------------------------------------------------------------- settings, the card
@@ -323,6 +361,7 @@ def test_a_run_with_the_settings_of_another_and_its_card(tmp_path):
     assert differing == {"seed", "output_dir", "config"} and second["seed"] == 4
     card = (tmp_path / "first/model/README.md").read_text()
     assert "Made by sft.py" in card and str(file) in card and "git_commit" in card
+    assert (tmp_path / "first/evaluations.jsonl").read_text() in card
     record = json.loads((tmp_path / "first/args.json").read_text())
     (tmp_path / "typed.json").write_text(json.dumps({"args": record["args"] | {"seed": "many"}}))
     (tmp_path / "unknown.json").write_text(json.dumps({"args": record["args"] | {"speed": 3}}))

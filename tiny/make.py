@@ -108,7 +108,7 @@ def check(seed):
     for i in range(0, len(ids), 1000):
         part = ids[i : i + 1000], noise[i : i + 1000]
         samples = p3o_v2.sample_responses(policy, *part, 1.0, [tokenizer.eos_token_id])
-        texts += tokenizer.batch_decode([y for y, _ in samples], skip_special_tokens=True)
+        texts += tokenizer.batch_decode([y for y, *_ in samples], skip_special_tokens=True)
     rng = random.Random(seed)
     print("SFT policy, 10,000 samples: ", choices(texts, prompts))
     print("its first 1,000 samples:    ", choices(texts[:1000], prompts[:1000]))
