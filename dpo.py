@@ -108,7 +108,7 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
     truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
-    stop: tuple[str, ...] = ()  # texts that end a response, which is read without them (default for hh: "\\n\\nHuman:")
+    stop: tuple[str, ...] = ()  # texts that end a response, which is read without them (default for hh: "\n\nHuman:")
     # Sizes
     data_epochs: int = 0  # passes over the training data (0: one; on tiny sft.py and reward_model.py take 3)
     num_updates: int = 0  # rounds of sampling and training (online); optimizer steps at most (offline; 0: all data)

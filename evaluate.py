@@ -141,7 +141,7 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
     truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
-    stop: tuple[str, ...] = ()  # texts that end a response, which is read without them (default for hh: "\\n\\nHuman:")
+    stop: tuple[str, ...] = ()  # texts that end a response, which is read without them (default for hh: "\n\nHuman:")
     temperature: float = 1.0  # of the distribution sampled from, in every log-probability and KL too
     # Sizes
     micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone

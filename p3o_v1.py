@@ -119,7 +119,7 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
     truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
-    stop: tuple[str, ...] = ()  # texts that end a response, which is read without them (default for hh: "\\n\\nHuman:")
+    stop: tuple[str, ...] = ()  # texts that end a response, which is read without them (default for hh: "\n\nHuman:")
     # Sizes
     num_updates: int = 60  # rounds of sampling and training (online); optimizer steps at most (offline; 0: all data)
     prompts_per_update: int = 32  # prompts sampled in an update
