@@ -141,10 +141,10 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
     truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
-    stop: tuple[str, ...] = ()  # texts that end a response, which is read without them (default for hh: "\n\nHuman:")
+    stop: tuple[str, ...] = ()  # texts that end a response, no part of its answer (for hh: "\n\nHuman:"; "": none)
     temperature: float = 1.0  # of the distribution sampled from, in every log-probability and KL too
     # Sizes
-    micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
+    micro_batch_size: int = 32  # sequences in one forward, a prompt's at least; sampling aside; for memory and speed
     sampling_batch_size: int = 512  # responses sampled at once: changes memory and speed alone
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and frozen weights (float16 overflows)
 
@@ -211,8 +211,8 @@ def find_stage(stage, model, dataset):
     run = Path("runs") / stage / short_name(dataset) / short_name(model)
     with suppress(OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
         saved = json.loads((run / "args.json").read_text())
-        there, ended = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
-        if ended and there["dataset"] == dataset and (stage != "sft" or there["model"] == model):
+        there, fits = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
+        if fits and there["dataset"] == dataset and (stage != "sft" or there["model"] == model):
             return f"{run}/model"
     size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
     return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
@@ -426,10 +426,15 @@ class InplaceLayer(DynamicLayer):
 
 
 def before_stop(y, tokenizer, stop):
-    """Response y as rewards and people read it: if a text of `stop` ended it, what is before that, and EOS."""
-    found = re.search("|".join(map(re.escape, stop)), tokenizer.decode(y)) if stop else None
-    ids = tokenizer(found.string[: found.start()], add_special_tokens=False).input_ids if found else []
-    return torch.tensor([*ids, tokenizer.eos_token_id]) if found else y
+    """The answer in a response y, which rewards and people read: y itself or, if a text of `stop` ended it, the tokens
+    before that, with EOS. Of a token that only begins before it the rest is tokenised anew."""
+    text = tokenizer.decode(y)
+    before = min((text.partition(end)[0] for end in stop), key=len)
+    if before == text:
+        return y
+    n = next(n for n in range(len(y), -1, -1) if before.startswith(tokenizer.decode(y[:n])))
+    rest = tokenizer(before.removeprefix(tokenizer.decode(y[:n])), add_special_tokens=False).input_ids
+    return torch.tensor([*y[:n].tolist(), *rest, tokenizer.eos_token_id])
 
 
 @torch.no_grad()
@@ -437,13 +442,14 @@ def before_stop(y, tokenizer, stop):
 def sample_responses(model, prompts, noise, temperature, end_ids, tokenizer=None, stop=()):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
     `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
-    response depends on its own row alone. Returns N triples on the CPU: the tokens of a response, up to and including
-    one of `end_ids` or the end of a text of `stop`; their log-probabilities, float32; before_stop of it, the answer."""
-    noise, end_ids, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
+    response depends on its own row alone. Returns N triples on the CPU: a response, its tokens up to and including one
+    of `end_ids` or the one that completes a text of `stop`; its log-probabilities, float32; its answer, before_stop."""
+    noise, ends, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
     (N, T), K, noise = noise.shape, len(noise) // len(prompts), noise.to(device)
     input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
-    stopped = StopStringCriteria(tokenizer, [*stop]) if stop else None
+    stop = [*filter(None, stop)]
+    stopped = StopStringCriteria(tokenizer, stop) if stop else None
     cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
     cache.layers = [InplaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
@@ -460,7 +466,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids, tokenizer=None
         token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
         tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
         lengths[rows] += going
-        going &= ~torch.isin(token.squeeze(1), end_ids)
+        going &= ~torch.isin(token.squeeze(1), ends)
         if stopped:
             going &= ~stopped(tokens[rows, : t + 1], None)
         if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
@@ -471,8 +477,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids, tokenizer=None
         mask = F.pad(mask, (0, 1), value=1)
         inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
         hidden = model.base_model(token, **inputs).last_hidden_state
-    found = zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())
-    return [(y[:n].clone(), p[:n].clone(), before_stop(y[:n].clone(), tokenizer, stop)) for y, p, n in found]
+    found = [(y[:n].clone(), p[:n].clone()) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())]
+    return [(y, p, before_stop(y, tokenizer, stop) if stop and y[-1] not in end_ids else y) for y, p in found]
 
 
 def response_hidden(model, prompts, responses):

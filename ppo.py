@@ -14,7 +14,7 @@ Token t of a response y ~ π_old(·|x) of T tokens:
 
 The value model is a second network, started from the reward model where that has the policy's shape, or with
 --share-trunk a head on the policy's own trunk. K, B and β are by default those of p3o_v2.py, so that runs compare; the
-P3O paper's comparison: --num-responses 2 --prompts-per-update 64 --minibatch-size 16 --beta 0.05 --delta-reward.
+P3O paper's comparison: --num-responses 2 --prompts-per-update 64 --minibatch-size 4 --beta 0.05 --delta-reward.
 
 Shapes: B prompts, K responses to each, N = B·K rows, T response tokens, V vocabulary, D hidden size. Prompts and
 responses are lists of 1-D id tensors, nothing padded; what is computed of them per token, `logprobs`, `values`, …, is
@@ -68,8 +68,8 @@ PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.m
 }
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")  # of a model, as its configuration names it
 # Settings that a resumed run may change: what is left of it (num_updates: if lr is constant), memory and speed alone.
-MAY_CHANGE = "args config resume overwrite debug track output_dir num_updates eval_every save_every device".split()
-MAY_CHANGE = {*MAY_CHANGE, "micro_batch_size", "gradient_checkpointing"}
+MAY_CHANGE = set("args config resume overwrite debug track output_dir num_updates eval_every save_every".split())
+MAY_CHANGE |= {"device", "micro_batch_size", "gradient_checkpointing"}
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_range):
@@ -138,14 +138,14 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
     truncate_prompts: bool = False  # cut longer prompts on the left instead
     max_response_tokens: int = 128  # length limit of a response
-    stop: tuple[str, ...] = ()  # texts that end a response, which is read without them (default for hh: "\n\nHuman:")
+    stop: tuple[str, ...] = ()  # texts that end a response, no part of its answer (for hh: "\n\nHuman:"; "": none)
     # Sizes
     num_updates: int = 60  # rounds of sampling and training (online); optimizer steps at most (offline; 0: all data)
     prompts_per_update: int = 32  # prompts sampled in an update
     num_responses: int = 4  # responses sampled to each prompt, K
     num_epochs: int = 4  # passes over the samples of an update
     minibatch_size: int = 8  # prompts with all responses (online), pairs or rows (offline) per optimizer step
-    micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
+    micro_batch_size: int = 32  # sequences in one forward, a prompt's at least; sampling aside; for memory and speed
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and frozen weights (float16 overflows)
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
     unfrozen_layers: int = 0  # train only this many last layers, and the head if it has its own weights (0: all)
@@ -205,7 +205,7 @@ def set_up(args):
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts, processes = args.minibatch_size, vars(args).get("prompts_per_update"), accelerator.num_processes
     if prompts and (prompts % size or size % processes):
-        wanted = f"a multiple of --minibatch-size, {size}, and that of the number of processes, {processes}"
+        wanted = f"a multiple of --minibatch-size {size}, itself one of the number of processes, {processes}"
         raise UserError(f"--prompts-per-update {prompts}: expected {wanted}.")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")
@@ -228,8 +228,8 @@ def find_stage(stage, model, dataset):
     run = Path("runs") / stage / short_name(dataset) / short_name(model)
     with suppress(OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
         saved = json.loads((run / "args.json").read_text())
-        there, ended = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
-        if ended and there["dataset"] == dataset and (stage != "sft" or there["model"] == model):
+        there, fits = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
+        if fits and there["dataset"] == dataset and (stage != "sft" or there["model"] == model):
             return f"{run}/model"
     size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
     return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
@@ -475,10 +475,15 @@ class InplaceLayer(DynamicLayer):
 
 
 def before_stop(y, tokenizer, stop):
-    """Response y as rewards and people read it: if a text of `stop` ended it, what is before that, and EOS."""
-    found = re.search("|".join(map(re.escape, stop)), tokenizer.decode(y)) if stop else None
-    ids = tokenizer(found.string[: found.start()], add_special_tokens=False).input_ids if found else []
-    return torch.tensor([*ids, tokenizer.eos_token_id]) if found else y
+    """The answer in a response y, which rewards and people read: y itself or, if a text of `stop` ended it, the tokens
+    before that, with EOS. Of a token that only begins before it the rest is tokenised anew."""
+    text = tokenizer.decode(y)
+    before = min((text.partition(end)[0] for end in stop), key=len)
+    if before == text:
+        return y
+    n = next(n for n in range(len(y), -1, -1) if before.startswith(tokenizer.decode(y[:n])))
+    rest = tokenizer(before.removeprefix(tokenizer.decode(y[:n])), add_special_tokens=False).input_ids
+    return torch.tensor([*y[:n].tolist(), *rest, tokenizer.eos_token_id])
 
 
 @torch.no_grad()
@@ -486,13 +491,14 @@ def before_stop(y, tokenizer, stop):
 def sample_responses(model, prompts, noise, temperature, end_ids, tokenizer=None, stop=()):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
     `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
-    response depends on its own row alone. Returns N triples on the CPU: the tokens of a response, up to and including
-    one of `end_ids` or the end of a text of `stop`; their log-probabilities, float32; before_stop of it, the answer."""
-    noise, end_ids, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
+    response depends on its own row alone. Returns N triples on the CPU: a response, its tokens up to and including one
+    of `end_ids` or the one that completes a text of `stop`; its log-probabilities, float32; its answer, before_stop."""
+    noise, ends, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
     (N, T), K, noise = noise.shape, len(noise) // len(prompts), noise.to(device)
     input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
-    stopped = StopStringCriteria(tokenizer, [*stop]) if stop else None
+    stop = [*filter(None, stop)]
+    stopped = StopStringCriteria(tokenizer, stop) if stop else None
     cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
     cache.layers = [InplaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
@@ -509,7 +515,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids, tokenizer=None
         token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
         tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
         lengths[rows] += going
-        going &= ~torch.isin(token.squeeze(1), end_ids)
+        going &= ~torch.isin(token.squeeze(1), ends)
         if stopped:
             going &= ~stopped(tokens[rows, : t + 1], None)
         if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
@@ -520,8 +526,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids, tokenizer=None
         mask = F.pad(mask, (0, 1), value=1)
         inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
         hidden = model.base_model(token, **inputs).last_hidden_state
-    found = zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())
-    return [(y[:n].clone(), p[:n].clone(), before_stop(y[:n].clone(), tokenizer, stop)) for y, p, n in found]
+    found = [(y[:n].clone(), p[:n].clone()) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())]
+    return [(y, p, before_stop(y, tokenizer, stop) if stop and y[-1] not in end_ids else y) for y, p in found]
 
 
 def response_hidden(model, prompts, responses):
@@ -634,8 +640,7 @@ def response_values(value_model, prompts, responses, hidden=None):
 
 def evaluate(policy, reference, prompts, noise, judges, sft_rewards, settings, batch_size):
     """Returns (point of the KL–reward frontier over B held-out prompts, docs/metrics.md; answers; their rewards [B]).
-    `judges`: {"reward", maybe "gold": function of (prompts, responses)}; `sft_rewards` [B]: of the SFT policy's;
-    `settings` of sample_responses."""
+    `judges`: {"reward", maybe "gold": f(prompts, answers)}; `sft_rewards` [B]: SFT's; `settings`: of sampling."""
     responses, _, answers = zip(*in_batches(partial(sample_responses, policy, **settings), prompts, noise))
     token_kl = partial(response_kl, policy, reference, temperature=settings["temperature"])
     kl, lengths = in_batches(token_kl, prompts, responses, batch_size), torch.tensor([*map(len, responses)])
@@ -858,23 +863,22 @@ def main(args):
     shape = [getattr(policy.config, key, None) for key in SHAPE]
     torch.manual_seed(args.seed)  # of a new head
     if args.share_trunk:
-        value_path = "0, as a head on the policy's trunk"
+        value_path = "a head of zeros on the policy's trunk"
         value_model = torch.nn.Linear(policy.config.hidden_size, 1, bias=False, device=accelerator.device)
         torch.nn.init.zeros_(value_model.weight)
     else:
         same = not args.reward_fn and shape == [getattr(reward_model.config, key, None) for key in SHAPE]
         value_path, options = reward_path if same else policy_path, {"train": True, "new_head": True, "num_labels": 1}
-        value_class = AutoModelForSequenceClassification
-        value_model = load_model(value_class, value_path, "--model", accelerator.device, args, **options)
+        flag, value_class = "--reward-model" if same else "--model", AutoModelForSequenceClassification
+        value_model = load_model(value_class, value_path, flag, accelerator.device, args, **options)
     print(f"value model   starts from {value_path}")
     gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
     judges = {"reward": score} | ({"gold": text_reward(gold_fn, "--gold-fn", tokenizer)} if gold_fn else {})
-    print(f"dataset       {args.dataset} (--dataset changes it)")
+    print(f"dataset       {args.dataset} (--dataset changes it)" + f"; {args.stop} ends a response" * any(args.stop))
     with accelerator.local_main_process_first():  # one process of a machine fills the cache of datasets
         prompts, eval_prompts = load_prompts(tokenizer, args)
-        rows, last = [], tokenizer.eos_token_id
-        with suppress(UserError):  # it lacks the column
-            rows = read_dataset(tokenizer, args, ("completion",))[0] if args.delta_reward else []
+        rows = read_dataset(tokenizer, args, ("completion",))[0] if args.delta_reward else []
+    last = tokenizer.eos_token_id
     pairs = [tokenizer([*x], add_special_tokens=k == 0).input_ids for k, x in enumerate(zip(*rows))]
     pairs = [(x[-args.max_prompt_tokens :], y + [last] * (y[-1:] != [last])) for x, y in zip(*pairs)]
     chosen = {tuple(x): torch.tensor(y[: args.max_response_tokens]) for x, y in reversed(pairs)}  # the first one counts
@@ -900,12 +904,12 @@ def main(args):
     generator = torch.Generator().manual_seed(args.seed)  # of the order of prompts and minibatches, training's noise
     uniform = partial(torch.rand, dtype=torch.float64, generator=generator)
     B, K, T, max_rows = args.prompts_per_update, args.num_responses, args.max_response_tokens, args.micro_batch_size
-    N = B * K
+    N, rows_of = B * K, torch.arange(B * K).view(B, K)  # rows_of[b]: of the responses to prompt b
     sft_noise, eval_noise = uniform(2, len(eval_prompts), T, generator=torch.Generator().manual_seed(args.seed))
     settings = {"temperature": args.temperature, "end_ids": end_ids, "tokenizer": tokenizer, "stop": args.stop}
     sample = partial(sample_responses, **settings)
-    _, _, sft_responses = zip(*in_batches(partial(sample, reference), eval_prompts, sft_noise))
-    sft_rewards = score(eval_prompts, sft_responses)
+    _, _, sft_answers = zip(*in_batches(partial(sample, reference), eval_prompts, sft_noise))
+    sft_rewards = score(eval_prompts, sft_answers)
 
     # ------------------------------------------------------------------------- training
     start, queue, running = run.get("update", 0), run.get("queue", []), run.get("running", [0.0, 0.0, 0.0])
@@ -916,24 +920,32 @@ def main(args):
     for number in (signal.SIGINT, signal.SIGTERM):  # the third at once: launchers pass each on a second time
         signal.signal(number, lambda n, at: signal.default_int_handler(n, at) if len(caught) > 1 else caught.append(n))
     progress = tqdm(total=args.num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
+
+    def losses(new, given):
+        """PPO's two losses, added, and their metrics; new: [rows, T, 2], log-probabilities and values."""
+        old_logprobs, advantages, old_values, returns, mask = given.unbind(2)
+        loss, metrics = policy_loss(new[..., 0], old_logprobs, advantages, mask, args.clip_range)
+        error, value_metrics = value_loss(new[..., 1], old_values, returns, mask, args.clip_range_value)
+        return loss + args.value_coef * error, metrics | value_metrics
+
     for update in range(start, args.num_updates + 1):  # the last round only saves and evaluates
         # 0. Every so often save what a resume needs, and evaluate the policy as it is after so many updates.
-        stop = gather_object(caught)
+        halt = gather_object(caught)
         if 0 < args.target_kl < kl:
             args.num_updates = update
             tqdm.write(f"ends after {update} updates: the KL, {kl:.3g}, passes --target-kl")
-        if update > start and (stop or update == args.num_updates or args.save_every and update % args.save_every == 0):
+        if update > start and (halt or update == args.num_updates or args.save_every and update % args.save_every == 0):
             state = {"update": update, "queue": queue, "running": running, "generator": generator.get_state()}
             save_checkpoint(accelerator, folder, writer, run | state | {"beta": beta, "kl": kl, "low_kl": low_kl})
-        if stop:
+        if halt:
             print(f"\nstopped after {update} updates: the same command with --resume goes on", file=sys.stderr)
-            sys.exit(128 + stop[0])
+            sys.exit(128 + halt[0])
         if update in (0, args.num_updates) or args.eval_every and update % args.eval_every == 0:
-            evaluation = (eval_prompts, eval_noise, judges, sft_rewards, settings, max_rows)
             with gathered(trained):
-                point, responses, rewards = evaluate(policy, reference, *evaluation)
+                found = evaluate(policy, reference, eval_prompts, eval_noise, judges, sft_rewards, settings, max_rows)
+            point, answers, rewards = found
             log(folder / "frontier.jsonl", writer, update, point)
-            columns = {"prompts": eval_prompts, "sft_responses": sft_responses, "responses": responses}
+            columns = {"prompts": eval_prompts, "sft_responses": sft_answers, "responses": answers}
             texts = {key: tokenizer.batch_decode(ids, skip_special_tokens=True) for key, ids in columns.items()}
             log(folder / "samples.jsonl", writer, update, {**texts, "rewards": rewards.tolist()})
             means = ", ".join(f"{key} {value:.3g}" for key, value in point.items() if not key.endswith("_se"))
@@ -951,7 +963,7 @@ def main(args):
             y, sampled_logprobs, answers = zip(*in_batches(partial(sample, policy), batch, uniform(N, T)))
         clock.append(time.perf_counter())
 
-        # 2. Score them.
+        # 2. Score the answers, y less what --stop cuts.
         scores = score(batch, answers).view(B, K)
         ended = torch.tensor([row[-1] in end_ids for row in answers]).view(B, K)
         baseline = score(batch, [chosen[tuple(x.tolist())] for x in batch])[:, None] if args.delta_reward else 0
@@ -984,37 +996,29 @@ def main(args):
         lengths = torch.tensor([len(x) + sum(map(len, y[K * b : K * b + K])) for b, x in enumerate(batch)])
         epochs = [torch.randperm(B, generator=generator).split(args.minibatch_size) for _ in range(args.num_epochs)]
         stats = Counter()
-
-        def losses(new, given):
-            """PPO's two losses, added, and their metrics; new: [rows, T, 2], log-probabilities and values."""
-            old_logprobs, advantages, old_values, returns, mask = given.unbind(2)
-            loss, metrics = policy_loss(new[..., 0], old_logprobs, advantages, mask, args.clip_range)
-            error, value_metrics = value_loss(new[..., 1], old_values, returns, mask, args.clip_range_value)
-            return loss + args.value_coef * error, metrics | value_metrics
-
         for step, minibatch in enumerate(minibatch for epoch in epochs for minibatch in epoch):
             shares = [minibatch[lengths[minibatch].argsort()][p::processes] for p in range(processes)]
             micros, minibatch, new = shares[rank].split(max(1, max_rows // K)), torch.cat(shares), []
-            rows_of = (minibatch[:, None] * K + torch.arange(K)).flatten()
+            all_rows = rows_of[minibatch].flatten()
             for micro in micros:
                 accelerator.sync_gradients = micro is micros[-1]  # gradients cross processes once, with the last
                 with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
-                    rows = (micro[:, None] * K + torch.arange(K)).flatten()
+                    rows = rows_of[micro].flatten()
                     part = trained([batch[b] for b in micro], [y[i] for i in rows], args.temperature)
                     new.append(F.pad(part, (0, 0, 0, mask.shape[1] - part.shape[1])).double())  # [rows, T, 2]
                     # The loss is a mean over the tokens of the whole minibatch; gradients: a mean over the processes.
-                    share = mask[rows].sum() / mask[rows_of].sum()
+                    share = mask[rows].sum() / mask[all_rows].sum()
                     accelerator.backward(losses(new[-1], given[rows])[0] * share.item() * processes)
             new = accelerator.gather(torch.cat(new).detach())  # metrics are of the whole minibatch
-            new = new.masked_fill(given[rows_of, :, 4:] == 0, 0)
-            loss, metrics = losses(new, given[rows_of])
+            new = new.masked_fill(given[all_rows, :, 4:] == 0, 0)
+            loss, metrics = losses(new, given[all_rows])
             stats.update({key: value.item() * len(minibatch) / B / args.num_epochs for key, value in metrics.items()})
             if step == 0:  # no gradient step yet: sampling and training should agree
                 logps = new[..., 0].sum(1).cpu()
-                ratio_init_error = ((logps - sampled_logps[rows_of]).exp() - 1).abs().max().item()
+                ratio_init_error = ((logps - sampled_logps[all_rows]).exp() - 1).abs().max().item()
             grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained.parameters(), max_norm))
             values = {"score": scores[minibatch].flatten(), "logprobs": new[..., 0], "values": new[..., 1]}
-            inputs = [batch[b] for b in minibatch], [y[i] for i in rows_of]
+            inputs = [batch[b] for b in minibatch], [y[i] for i in all_rows]
             check_finite(folder, update + 1, tokenizer, *inputs, **values, loss=loss, gradient=grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -1038,13 +1042,13 @@ def main(args):
         if args.target_kl_adaptive:  # the authors' controller (Ziegler et al. 2019, section 2.2)
             excess = metrics["objective/kl_k1"] / args.target_kl_adaptive - 1
             beta *= 1 + min(max(excess, -0.2), 0.2) * N / 10_000
-        kl, low_kl = metrics["objective/kl"], low_kl + 1 if metrics["objective/kl_k1"] < -0.1 or low_kl > 4 else 0
-        if low_kl == 5:  # in a row; said once
+        kl, low_kl = metrics["objective/kl"], low_kl + 1 if metrics["objective/kl_k1"] < -0.1 or low_kl >= 5 else 0
+        if low_kl == 5:  # updates in a row; from then on it only grows, so that this is said once
             tqdm.write("warning: mean KL below 0: sampler, masks and log-probabilities may not be of one policy")
     progress.close()
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(number, usual)
-    inputs = eval_prompts[:4], sft_responses[:4], args.temperature
+    inputs = eval_prompts[:4], sft_answers[:4], args.temperature
     save_model(accelerator, trained, AutoModelForCausalLM, tokenizer, folder, args, inputs)
     return point
 

@@ -54,8 +54,8 @@ PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.m
     "reward_model/tldr": "cleanrl/EleutherAI_pythia-{}-deduped__reward__tldr",
 }
 # Settings that a resumed run may change: what is left of it (num_updates: if lr is constant), memory and speed alone.
-MAY_CHANGE = "args config resume overwrite debug track output_dir num_updates eval_every save_every device".split()
-MAY_CHANGE = {*MAY_CHANGE, "micro_batch_size", "gradient_checkpointing"}
+MAY_CHANGE = set("args config resume overwrite debug track output_dir num_updates eval_every save_every".split())
+MAY_CHANGE |= {"device", "micro_batch_size", "gradient_checkpointing"}
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores):
@@ -96,7 +96,7 @@ class Args:
     data_epochs: int = 0  # passes over the training data (0: one; on tiny sft.py and reward_model.py take 3)
     num_updates: int = 0  # rounds of sampling and training (online); optimizer steps at most (offline; 0: all data)
     minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
-    micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
+    micro_batch_size: int = 32  # sequences in one forward, a prompt's at least; sampling aside; for memory and speed
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and frozen weights (float16 overflows)
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
     unfrozen_layers: int = 0  # train only this many last layers, and the head if it has its own weights (0: all)
@@ -144,7 +144,7 @@ def set_up(args):
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts, processes = args.minibatch_size, vars(args).get("prompts_per_update"), accelerator.num_processes
     if prompts and (prompts % size or size % processes):
-        wanted = f"a multiple of --minibatch-size, {size}, and that of the number of processes, {processes}"
+        wanted = f"a multiple of --minibatch-size {size}, itself one of the number of processes, {processes}"
         raise UserError(f"--prompts-per-update {prompts}: expected {wanted}.")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")
@@ -167,8 +167,8 @@ def find_stage(stage, model, dataset):
     run = Path("runs") / stage / short_name(dataset) / short_name(model)
     with suppress(OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
         saved = json.loads((run / "args.json").read_text())
-        there, ended = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
-        if ended and there["dataset"] == dataset and (stage != "sft" or there["model"] == model):
+        there, fits = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
+        if fits and there["dataset"] == dataset and (stage != "sft" or there["model"] == model):
             return f"{run}/model"
     size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
     return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
@@ -680,13 +680,13 @@ def main(args):
     progress = tqdm(total=num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
     for update in range(start, num_updates + 1):  # the last round only saves and evaluates
         # 0. Every so often save what a resume needs, and evaluate on held-out pairs.
-        stop = gather_object(caught)
-        if update > start and (stop or update == num_updates or args.save_every and update % args.save_every == 0):
+        halt = gather_object(caught)
+        if update > start and (halt or update == num_updates or args.save_every and update % args.save_every == 0):
             state = {"update": update, "queue": queue, "order": order.get_state(), "scheduler": scheduler.state_dict()}
             save_checkpoint(accelerator, folder, writer, run | state)
-        if stop:
+        if halt:
             print(f"\nstopped after {update} updates: the same command with --resume goes on", file=sys.stderr)
-            sys.exit(128 + stop[0])
+            sys.exit(128 + halt[0])
         if update in (0, num_updates) or args.eval_every and update % args.eval_every == 0:
             with gathered(trained):
                 scores = in_batches(partial(response_scores, reward_model), *eval_pairs, args.micro_batch_size)
@@ -716,7 +716,8 @@ def main(args):
                 share = len(micro) / len(minibatch) * (len(scores) <= len(own))
                 accelerator.backward(loss * share * processes)  # gradients: mean over the processes
             stats.update({key: value.item() * share for key, value in metrics.items()})
-        stats, mine = {key: sum(part[key] for part in gather_object([stats])) for key in stats}, torch.cat(micros)
+        mine, parts = torch.cat(micros), gather_object([stats])
+        stats = {key: sum(part[key] for part in parts) for key in stats}
         grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained.parameters(), args.max_grad_norm or math.inf))
         values = {"score": torch.cat(scores), "loss": torch.tensor(stats["rm/loss"]), "gradient": grad_norm}
         check_finite(folder, update + 1, tokenizer, *pairs_of(mine), **values)

@@ -51,8 +51,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
 # Settings that a resumed run may change: what is left of it (num_updates: if lr is constant), memory and speed alone.
-MAY_CHANGE = "args config resume overwrite debug track output_dir num_updates eval_every save_every device".split()
-MAY_CHANGE = {*MAY_CHANGE, "micro_batch_size", "gradient_checkpointing"}
+MAY_CHANGE = set("args config resume overwrite debug track output_dir num_updates eval_every save_every".split())
+MAY_CHANGE |= {"device", "micro_batch_size", "gradient_checkpointing"}
 
 
 def sft_loss(logprobs, mask):
@@ -92,7 +92,7 @@ class Args:
     data_epochs: int = 0  # passes over the training data (0: one; on tiny sft.py and reward_model.py take 3)
     num_updates: int = 0  # rounds of sampling and training (online); optimizer steps at most (offline; 0: all data)
     minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
-    micro_batch_size: int = 32  # sequences in one forward, sampling aside: changes memory and speed alone
+    micro_batch_size: int = 32  # sequences in one forward, a prompt's at least; sampling aside; for memory and speed
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and frozen weights (float16 overflows)
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
     unfrozen_layers: int = 0  # train only this many last layers, and the head if it has its own weights (0: all)
@@ -143,7 +143,7 @@ def set_up(args):
     accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     size, prompts, processes = args.minibatch_size, vars(args).get("prompts_per_update"), accelerator.num_processes
     if prompts and (prompts % size or size % processes):
-        wanted = f"a multiple of --minibatch-size, {size}, and that of the number of processes, {processes}"
+        wanted = f"a multiple of --minibatch-size {size}, itself one of the number of processes, {processes}"
         raise UserError(f"--prompts-per-update {prompts}: expected {wanted}.")
     if not accelerator.is_main_process:
         sys.stdout = open(os.devnull, "w")
@@ -376,10 +376,15 @@ class InplaceLayer(DynamicLayer):
 
 
 def before_stop(y, tokenizer, stop):
-    """Response y as rewards and people read it: if a text of `stop` ended it, what is before that, and EOS."""
-    found = re.search("|".join(map(re.escape, stop)), tokenizer.decode(y)) if stop else None
-    ids = tokenizer(found.string[: found.start()], add_special_tokens=False).input_ids if found else []
-    return torch.tensor([*ids, tokenizer.eos_token_id]) if found else y
+    """The answer in a response y, which rewards and people read: y itself or, if a text of `stop` ended it, the tokens
+    before that, with EOS. Of a token that only begins before it the rest is tokenised anew."""
+    text = tokenizer.decode(y)
+    before = min((text.partition(end)[0] for end in stop), key=len)
+    if before == text:
+        return y
+    n = next(n for n in range(len(y), -1, -1) if before.startswith(tokenizer.decode(y[:n])))
+    rest = tokenizer(before.removeprefix(tokenizer.decode(y[:n])), add_special_tokens=False).input_ids
+    return torch.tensor([*y[:n].tolist(), *rest, tokenizer.eos_token_id])
 
 
 @torch.no_grad()
@@ -387,13 +392,14 @@ def before_stop(y, tokenizer, stop):
 def sample_responses(model, prompts, noise, temperature, end_ids, tokenizer=None, stop=()):
     """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
     `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
-    response depends on its own row alone. Returns N triples on the CPU: the tokens of a response, up to and including
-    one of `end_ids` or the end of a text of `stop`; their log-probabilities, float32; before_stop of it, the answer."""
-    noise, end_ids, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
+    response depends on its own row alone. Returns N triples on the CPU: a response, its tokens up to and including one
+    of `end_ids` or the one that completes a text of `stop`; its log-probabilities, float32; its answer, before_stop."""
+    noise, ends, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
     (N, T), K, noise = noise.shape, len(noise) // len(prompts), noise.to(device)
     input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
-    stopped = StopStringCriteria(tokenizer, [*stop]) if stop else None
+    stop = [*filter(None, stop)]
+    stopped = StopStringCriteria(tokenizer, stop) if stop else None
     cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
     cache.layers = [InplaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
@@ -410,7 +416,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids, tokenizer=None
         token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
         tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
         lengths[rows] += going
-        going &= ~torch.isin(token.squeeze(1), end_ids)
+        going &= ~torch.isin(token.squeeze(1), ends)
         if stopped:
             going &= ~stopped(tokens[rows, : t + 1], None)
         if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
@@ -421,8 +427,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids, tokenizer=None
         mask = F.pad(mask, (0, 1), value=1)
         inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
         hidden = model.base_model(token, **inputs).last_hidden_state
-    found = zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())
-    return [(y[:n].clone(), p[:n].clone(), before_stop(y[:n].clone(), tokenizer, stop)) for y, p, n in found]
+    found = [(y[:n].clone(), p[:n].clone()) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())]
+    return [(y, p, before_stop(y, tokenizer, stop) if stop and y[-1] not in end_ids else y) for y, p in found]
 
 
 def response_hidden(model, prompts, responses):
@@ -721,13 +727,13 @@ def main(args):
     progress = tqdm(total=num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
     for update in range(start, num_updates + 1):  # the last round only saves and evaluates
         # 0. Every so often save what a resume needs, and evaluate on held-out rows.
-        stop = gather_object(caught)
-        if update > start and (stop or update == num_updates or args.save_every and update % args.save_every == 0):
+        halt = gather_object(caught)
+        if update > start and (halt or update == num_updates or args.save_every and update % args.save_every == 0):
             state = {"update": update, "queue": queue, "order": order.get_state(), "scheduler": scheduler.state_dict()}
             save_checkpoint(accelerator, folder, writer, run | state)
-        if stop:
+        if halt:
             print(f"\nstopped after {update} updates: the same command with --resume goes on", file=sys.stderr)
-            sys.exit(128 + stop[0])
+            sys.exit(128 + halt[0])
         if update in (0, num_updates) or args.eval_every and update % args.eval_every == 0:
             logprobs_of = partial(response_logprobs, policy, temperature=args.temperature)
             shown = eval_x[update % len(eval_x)]
@@ -765,7 +771,8 @@ def main(args):
                 accelerator.backward(loss * share * processes)  # gradients: mean over the processes
             logps.append(logprobs.detach().sum(1))
             stats.update({key: value.item() * share for key, value in metrics.items()})
-        stats, mine = {key: sum(part[key] for part in gather_object([stats])) for key in stats}, torch.cat(micros)
+        mine, parts = torch.cat(micros), gather_object([stats])
+        stats = {key: sum(part[key] for part in parts) for key in stats}
         grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained.parameters(), args.max_grad_norm or math.inf))
         values = {"logps": torch.cat(logps), "loss": torch.tensor(stats["sft/loss"]), "gradient": grad_norm}
         check_finite(folder, update + 1, tokenizer, [x[i] for i in mine], [y[i] for i in mine], **values)

@@ -334,7 +334,7 @@ REFUSED = [
     ("p3o_v2", "--reward-fn in/exits.py:f", re.compile("--reward-fn in/exits.py:f: .*SystemExit")),
     ("p3o_v2", "--reward-fn in/latin.jsonl:f", "--reward-fn in/latin.jsonl:f: "),
     # numbers
-    ("p3o_v2", "--prompts-per-update 10", "--prompts-per-update 10: expected a multiple of --minibatch-size, 4"),
+    ("p3o_v2", "--prompts-per-update 10", "--prompts-per-update 10: expected a multiple of --minibatch-size 4"),
     ("p3o_v2", "--num-epochs 0", "--num-epochs 0: expected at least 1"),
     ("p3o_v2", "--micro-batch-size -1", "--micro-batch-size -1: expected at least 1"),
     ("p3o_v2", "--learning-rate -1", "--learning-rate -1.0: expected at least 0"),

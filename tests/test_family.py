@@ -223,7 +223,7 @@ def test_delta_reward_asks_for_a_chosen_response(row, tmp_path):
     (tmp_path / "my_reward.py").write_text(DELTA.replace("SIZE", "0"))
     options = ["--model", ROOT / "tiny/sft", "--dataset", "rows.jsonl", "--reward-fn", "my_reward.py:f"]
     said = run("ppo", *options, "--delta-reward", cwd=tmp_path, code=2)
-    assert "--delta-reward: expected a column chosen or completion for all prompts of rows.jsonl" in said
+    assert f"expected text or messages in completion; found None (columns: {', '.join(row)}); --map" in said
     assert not (tmp_path / "runs").exists()
 
 

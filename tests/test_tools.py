@@ -129,7 +129,7 @@ def test_the_memory_of_a_dry_run(capsys):
 
 
 # ------------------------------------------------------------------------------------------------------- more ends
-STOPS = [(), ("the ",), ("e.", " is"), ("e",)]
+STOPS = [(), ("",), ("the ",), ("e.", " is"), ("e",), ("endoftext",), ("|", "me a")]  # not the text of an end itself
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -145,20 +145,32 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(stop):
     whole = p3o_v2.sample_responses(policy, prompts, noise, 1.0, [end])
     found = p3o_v2.sample_responses(policy, prompts, noise, 1.0, [end], tokenizer, stop)
     for (y, p, answer), (z, q, _) in zip(found, whole):
-        lengths = [n for n in range(1, len(z) + 1) if any(x in tokenizer.decode(z[:n]) for x in stop)]
-        n = min(lengths, default=len(z))
+        texts = [tokenizer.decode(z[:n], skip_special_tokens=True) for n in range(len(z) + 1)]
+        n = next((n for n, text in enumerate(texts) if any(x in text for x in stop if x)), len(z))
         assert torch.equal(y, z[:n]) and torch.allclose(p, q[:n], atol=1e-5)
-        if lengths:
-            text = tokenizer.decode(y)
-            before = text[: min(text.index(x) for x in stop if x in text)]
-            assert tokenizer.decode(answer[:-1]) == before and answer[-1] == end
-        else:
+        before = min((texts[n].partition(x)[0] for x in stop if x), key=len, default=texts[n])
+        if before == texts[n]:
             assert torch.equal(answer, y)
-        ended += bool(lengths)
-    assert (ended > 4) == bool(stop)
-    if stop:
+        else:
+            ended += 1
+            assert tokenizer.decode(answer[:-1]) == before and answer[-1] == end
+            kept = max(k for k in range(n + 1) if before.startswith(texts[k]))  # its tokens, as they were sampled
+            assert torch.equal(answer[:kept], y[:kept])
+    assert ended > 4 if {"the ", " is", "e"} & {*stop} else ended < 4
+    if ended > 4:
         (alone,) = p3o_v2.sample_responses(policy, prompts[1:], noise[11:12], 1.0, [end], tokenizer, stop)
         assert torch.equal(alone[0], found[11][0]) and torch.equal(alone[2], found[11][2])
+
+
+def test_an_answer_is_of_the_tokens_that_were_sampled():
+    """Though its text has a shorter form in tokens; the piece of a token before the stop string is written anew."""
+    tokenizer = AutoTokenizer.from_pretrained(f"{p3o_v2.TINY}/sft")
+    letters = [tokenizer(x).input_ids[0] for x in ("w", "a", "t", "e", "r")]
+    (last,) = tokenizer(" fresh").input_ids
+    assert len(tokenizer("water").input_ids) < 5
+    found = p3o_v2.before_stop(torch.tensor([*letters, last]), tokenizer, ["esh", "unseen"])
+    assert found[:5].tolist() == letters and found[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(found[:-1]) == "water fr"
 
 
 @pytest.mark.parametrize("script, flags", [("p3o_v2", QUICK), ("ppo", QUICK), ("mpo", OFFLINE)])
@@ -183,9 +195,10 @@ def test_rewards_and_samples_stop_before_a_stop_string(script, flags, tmp_path):
 
 def test_the_stop_string_of_hh():
     args = [p3o_v2.Args(model="nowhere", dataset=name, device="cpu") for name in ("", "hh", "tldr", "tiny")]
+    args.append(p3o_v2.Args(model="nowhere", dataset="hh", device="cpu", stop=("",)))  # none
     for each in args:
         p3o_v2.set_up(each)
-    assert [each.stop for each in args] == [("\n\nHuman:",), ("\n\nHuman:",), (), ()]
+    assert [each.stop for each in args] == [("\n\nHuman:",), ("\n\nHuman:",), (), (), ("",)]
 
 
 def test_a_generation_config_may_name_more_ends(tmp_path, monkeypatch):
