@@ -102,7 +102,7 @@ class Args:
     trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
     dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
     subset: str = ""  # configuration of a hub dataset
-    split: str = ""  # split to train on (default: train, or the only one); test or validation is held out, or a tenth
+    split: str = ""  # TRAIN or TRAIN,HELD-OUT (default: train, or the only one; test or validation, or a tenth of all)
     chat_template: str = ""  # file with the template that renders messages (default: the tokenizer's)
     map: tuple[str, ...] = ()  # prompt=question chosen=best …: columns that have other names than the script's
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
@@ -266,7 +266,9 @@ def load_tokenizer(name, model, args):
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token, which ends a response.")
-    generation = getattr(model, "generation_config", None) or model.config
+    generation = model.config
+    with suppress(OSError):
+        generation = transformers.GenerationConfig.from_pretrained(name)  # a classifier made of a policy has none
     ends = (tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id)
     return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
 
@@ -275,7 +277,8 @@ def to_texts(row, columns, tokenizer):
     """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
     the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
     chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
-    row = {"chosen": row["messages"], **row} if "messages" in row else row
+    if "messages" in row and row["messages"] is not row.get("prompt") and not {"chosen", "completion"} & {*row}:
+        row = {"chosen": row["messages"]} | {key: x for key, x in row.items() if key != "prompt"}  # their first turn
     columns = columns or ("completion",) * isinstance(row.get("chosen", row.get("completion")), list)
     keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
     prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
@@ -324,10 +327,10 @@ def read_dataset(tokenizer, args, columns):
         return datasets.load_dataset(*source), is_json
 
     splits, is_json = fetch("dataset", path, "--dataset", load)
-    first = args.split or ("train" if len(splits) > 1 else [*splits][0])
-    if first not in splits:
-        raise UserError(f"--split {first}: {flag} has the splits {', '.join(splits)}.")
-    names = [x for x in dict.fromkeys((first, "test", "validation")) if x in splits]
+    first, *held = args.split.split(",") if args.split else ["train" if len(splits) > 1 else [*splits][0]]
+    if not {first, *held} <= {*splits}:
+        raise UserError(f"--split {','.join((first, *held))}: {flag} has the splits {', '.join(splits)}.")
+    names = [x for x in dict.fromkeys((first, *held, "test", "validation")) if x in splits]
     parts, renamed = [[] for _ in names[:2]], [x.partition("=")[::2] for x in args.map]
     for name, part in zip(names, parts):
         for number, row in enumerate(splits[name], 1):
@@ -350,9 +353,9 @@ def read_dataset(tokenizer, args, columns):
     return [[row for row in parts[0] if row[0] not in held], parts[1]]
 
 
-def load_rows(tokenizer, args, columns):
-    """(train, held-out) rows of 1-D id tensors, {"prompt", *columns}, responses with one EOS; prints what is left out.
-    Prompt and response are tokenised apart, as sampling sees them. Raises UserError."""
+def load_rows(tokenizer, end_ids, args, columns):
+    """(train, held-out) rows of 1-D id tensors, {"prompt", *columns}, responses with one end (EOS where they have none
+    of `end_ids`); prints what is left out. Prompt and response are tokenised apart, as in use. Raises UserError."""
     parts, keys = read_dataset(tokenizer, args, columns), ("prompt", *columns)
     longest, last = (args.max_prompt_tokens, args.max_response_tokens), tokenizer.eos_token_id
     for i, name in enumerate(("train", "held-out")):
@@ -360,8 +363,6 @@ def load_rows(tokenizer, args, columns):
         for row in parts[i]:
             if not all(map(str.strip, row)):
                 counts["dropped: empty prompt or response, or no prompt in common"] += 1
-            elif len({*row[1:]}) < len(columns):
-                counts["dropped: chosen and rejected are equal"] += 1
             else:
                 texts.append(row)
         ids = [tokenizer([*x], add_special_tokens=k == 0).input_ids for k, x in enumerate(zip(*texts))]
@@ -369,10 +370,12 @@ def load_rows(tokenizer, args, columns):
             done = f"{'cut' if args.truncate_prompts else 'dropped'}: prompt of more than {longest[0]} tokens"
             counts[done] += len(prompt) > longest[0]
             if args.truncate_prompts or len(prompt) <= longest[0]:
-                responses = [y if y[-1] == last else [*y, last] for y in responses]
+                responses = [y if y[-1] in end_ids else [*y, last] for y in responses]
                 counts[f"cut: response of more than {longest[1]} tokens"] += sum(len(y) > longest[1] for y in responses)
                 row = [prompt[-longest[0] :], *(y[: longest[1]] for y in responses)]
-                rows.append({key: torch.tensor(values) for key, values in zip(keys, row)})
+                equal = len({*map(tuple, row[1:])}) < len(columns)
+                counts["dropped: chosen and rejected are equal"] += equal
+                rows += [] if equal else [{key: torch.tensor(values) for key, values in zip(keys, row)}]
         print(f"{'':14}{len(rows):,} {name} rows" + "".join(f"; {n:,} {what}" for what, n in counts.items() if n))
         if not rows:
             raise UserError(f"--dataset {args.dataset}: no {name} rows are left; see the counts above.")
@@ -745,7 +748,8 @@ def open_writer(accelerator, folder, args, run, *measures):
     if args.track:
         import wandb  # optional
 
-        wandb.init(project="p3o", name=str(folder), dir=folder, config=asdict(args), sync_tensorboard=True)
+        project = os.environ.get("WANDB_PROJECT", "p3o")
+        wandb.init(project=project, name=str(folder), dir=folder, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(folder)
     settings = {key: v if type(v) in (int, float) else str(v) for key, v in vars(args).items()}
     for summary in hparams(settings, dict.fromkeys(measures, 0)) if "update" not in run else ():
@@ -786,7 +790,7 @@ def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs
                 tokenizer.save_pretrained(part)
                 files = [folder / "args.json", *folder.glob("evaluations.jsonl"), *folder.glob("frontier.jsonl")]
                 card = "".join(f"\n{file.name}\n```\n{file.read_text()}\n```\n" for file in files)
-                (part / "README.md").write_text(f"Made by {NAME}.py\n{card}")
+                (part / "README.md").write_text(f"---\nlibrary_name: transformers\n---\n# Made by {NAME}.py\n{card}")
                 found = inner(*inputs, model=load_model(auto_class, part, "--output-dir", inner.model.device, args))
             except Exception as error:
                 raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
@@ -825,7 +829,7 @@ def main(args):
     print(f"reward        {reward_path or 'none, nothing is sampled'}, for evaluation (--reward-model, --reward-fn)")
     print(f"dataset       {args.dataset} (--dataset changes it)" + f"; {args.stop} ends a response" * any(args.stop))
     with accelerator.local_main_process_first():  # one process of a machine fills the cache of datasets
-        rows, eval_rows = load_rows(tokenizer, args, ("chosen", "rejected"))
+        rows, eval_rows = load_rows(tokenizer, end_ids, args, ("chosen", "rejected"))
     prompts, responses = [row["prompt"] for row in rows], [row[y] for row in rows for y in ("chosen", "rejected")]
     eval_prompts = [torch.tensor(x) for x in dict.fromkeys(tuple(row["prompt"].tolist()) for row in eval_rows)]
     eval_rows, eval_prompts = eval_rows[: args.eval_prompts], eval_prompts[: args.eval_prompts]
@@ -873,7 +877,7 @@ def main(args):
     schedule = args.lr_schedule.replace("constant", "constant_with_warmup")
     scheduler = transformers.get_scheduler(schedule, optimizer, args.warmup_updates, num_updates)
     trained, optimizer = accelerator.prepare(Trained(policy, response_logprobs), optimizer)
-    base = "tiny" if args.model == "tiny" else short_name(policy_path)
+    base = "tiny" if args.model == "tiny" else short_name(args.model)
     folder = Path(args.output_dir or f"runs/{NAME}/{short_name(args.dataset)}/{base}")
     print(f"run folder    {folder} (--output-dir changes it)")
     run = open_run(accelerator, folder, args, script=NAME, base_name=base, policy=policy_path, reward=reward_path)

@@ -134,7 +134,7 @@ class Args:
     trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
     dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
     subset: str = ""  # configuration of a hub dataset
-    split: str = ""  # split to train on (default: train, or the only one); test or validation is held out, or a tenth
+    split: str = ""  # TRAIN or TRAIN,HELD-OUT (default: train, or the only one; test or validation, or a tenth of all)
     chat_template: str = ""  # file with the template that renders messages (default: the tokenizer's)
     map: tuple[str, ...] = ()  # prompt=question chosen=best …: columns that have other names than the script's
     eval_prompts: int = 256  # held-out prompts used, the first ones
@@ -263,7 +263,9 @@ def load_tokenizer(name, model, args):
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token, which ends a response.")
-    generation = getattr(model, "generation_config", None) or model.config
+    generation = model.config
+    with suppress(OSError):
+        generation = transformers.GenerationConfig.from_pretrained(name)  # a classifier made of a policy has none
     ends = (tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id)
     return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
 
@@ -272,7 +274,8 @@ def to_texts(row, columns, tokenizer):
     """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
     the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
     chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
-    row = {"chosen": row["messages"], **row} if "messages" in row else row
+    if "messages" in row and row["messages"] is not row.get("prompt") and not {"chosen", "completion"} & {*row}:
+        row = {"chosen": row["messages"]} | {key: x for key, x in row.items() if key != "prompt"}  # their first turn
     columns = columns or ("completion",) * isinstance(row.get("chosen", row.get("completion")), list)
     keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
     prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
@@ -321,10 +324,10 @@ def read_dataset(tokenizer, args, columns):
         return datasets.load_dataset(*source), is_json
 
     splits, is_json = fetch("dataset", path, "--dataset", load)
-    first = args.split or ("train" if len(splits) > 1 else [*splits][0])
-    if first not in splits:
-        raise UserError(f"--split {first}: {flag} has the splits {', '.join(splits)}.")
-    names = [x for x in dict.fromkeys((first, "test", "validation")) if x in splits]
+    first, *held = args.split.split(",") if args.split else ["train" if len(splits) > 1 else [*splits][0]]
+    if not {first, *held} <= {*splits}:
+        raise UserError(f"--split {','.join((first, *held))}: {flag} has the splits {', '.join(splits)}.")
+    names = [x for x in dict.fromkeys((first, *held, "test", "validation")) if x in splits]
     parts, renamed = [[] for _ in names[:2]], [x.partition("=")[::2] for x in args.map]
     for name, part in zip(names, parts):
         for number, row in enumerate(splits[name], 1):
@@ -647,7 +650,8 @@ def answer(args, num, reference=None):
     Returns the texts of P prompts, [texts of P responses] of each policy, [{"reward", "gold", "length", …: [P]}] of
     each, where rewards are from. With a `reference`, "" for where the first run started, "kl" too. Raises UserError."""
     device, record = PartialState().device, first_record(args.models)
-    base = record["args"]["model"] if record else args.models[0]
+    base = args.models[0] if args.models[0] == "tiny" else find_policy(args.models[0])
+    base = record["args"]["model"] if record else base
     args.dataset = args.dataset or ("tiny" if base == "tiny" else "hh")
     args.stop = args.stop or ("\n\nHuman:",) * (args.dataset == "hh")
     paths = [find_policy(name) for name in args.models]
@@ -952,7 +956,7 @@ def limit(args):
     print(f"reference     {policy_path} (--model changes it)")
     judges, sources, reward_model = load_judges(args, args.model, tokenizer, device)
     prompts = load_prompts(tokenizer, args)[1]
-    base = "tiny" if args.model == "tiny" else short_name(policy_path)
+    base = "tiny" if args.model == "tiny" else short_name(args.model)
     folder = Path(args.output_dir or f"runs/limit/{short_name(args.dataset)}/{base}")
     print(f"folder        {folder} (--output-dir changes it)")
 

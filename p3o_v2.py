@@ -112,7 +112,7 @@ class Args:
     trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
     dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
     subset: str = ""  # configuration of a hub dataset
-    split: str = ""  # split to train on (default: train, or the only one); test or validation is held out, or a tenth
+    split: str = ""  # TRAIN or TRAIN,HELD-OUT (default: train, or the only one; test or validation, or a tenth of all)
     chat_template: str = ""  # file with the template that renders messages (default: the tokenizer's)
     map: tuple[str, ...] = ()  # prompt=question chosen=best …: columns that have other names than the script's
     max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
@@ -279,7 +279,9 @@ def load_tokenizer(name, model, args):
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token, which ends a response.")
-    generation = getattr(model, "generation_config", None) or model.config
+    generation = model.config
+    with suppress(OSError):
+        generation = transformers.GenerationConfig.from_pretrained(name)  # a classifier made of a policy has none
     ends = (tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id)
     return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
 
@@ -288,7 +290,8 @@ def to_texts(row, columns, tokenizer):
     """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
     the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
     chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
-    row = {"chosen": row["messages"], **row} if "messages" in row else row
+    if "messages" in row and row["messages"] is not row.get("prompt") and not {"chosen", "completion"} & {*row}:
+        row = {"chosen": row["messages"]} | {key: x for key, x in row.items() if key != "prompt"}  # their first turn
     columns = columns or ("completion",) * isinstance(row.get("chosen", row.get("completion")), list)
     keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
     prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
@@ -337,10 +340,10 @@ def read_dataset(tokenizer, args, columns):
         return datasets.load_dataset(*source), is_json
 
     splits, is_json = fetch("dataset", path, "--dataset", load)
-    first = args.split or ("train" if len(splits) > 1 else [*splits][0])
-    if first not in splits:
-        raise UserError(f"--split {first}: {flag} has the splits {', '.join(splits)}.")
-    names = [x for x in dict.fromkeys((first, "test", "validation")) if x in splits]
+    first, *held = args.split.split(",") if args.split else ["train" if len(splits) > 1 else [*splits][0]]
+    if not {first, *held} <= {*splits}:
+        raise UserError(f"--split {','.join((first, *held))}: {flag} has the splits {', '.join(splits)}.")
+    names = [x for x in dict.fromkeys((first, *held, "test", "validation")) if x in splits]
     parts, renamed = [[] for _ in names[:2]], [x.partition("=")[::2] for x in args.map]
     for name, part in zip(names, parts):
         for number, row in enumerate(splits[name], 1):
@@ -721,7 +724,8 @@ def open_writer(accelerator, folder, args, run, *measures):
     if args.track:
         import wandb  # optional
 
-        wandb.init(project="p3o", name=str(folder), dir=folder, config=asdict(args), sync_tensorboard=True)
+        project = os.environ.get("WANDB_PROJECT", "p3o")
+        wandb.init(project=project, name=str(folder), dir=folder, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(folder)
     settings = {key: v if type(v) in (int, float) else str(v) for key, v in vars(args).items()}
     for summary in hparams(settings, dict.fromkeys(measures, 0)) if "update" not in run else ():
@@ -762,7 +766,7 @@ def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs
                 tokenizer.save_pretrained(part)
                 files = [folder / "args.json", *folder.glob("evaluations.jsonl"), *folder.glob("frontier.jsonl")]
                 card = "".join(f"\n{file.name}\n```\n{file.read_text()}\n```\n" for file in files)
-                (part / "README.md").write_text(f"Made by {NAME}.py\n{card}")
+                (part / "README.md").write_text(f"---\nlibrary_name: transformers\n---\n# Made by {NAME}.py\n{card}")
                 found = inner(*inputs, model=load_model(auto_class, part, "--output-dir", inner.model.device, args))
             except Exception as error:
                 raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
@@ -833,7 +837,7 @@ def main(args):
     print(f"training      {args.num_updates} updates, learning rate {lr:g} (--num-updates, --learning-rate)")
     optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay, fused=True)
     trained, optimizer = accelerator.prepare(Trained(policy, response_logprobs), optimizer)
-    base = "tiny" if args.model == "tiny" else short_name(policy_path)
+    base = "tiny" if args.model == "tiny" else short_name(args.model)
     folder = Path(args.output_dir or f"runs/{NAME}/{short_name(args.dataset)}/{base}")
     print(f"run folder    {folder} (--output-dir changes it)")
     run = open_run(accelerator, folder, args, script=NAME, base_name=base, policy=policy_path, reward=reward_path)

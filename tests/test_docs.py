@@ -169,13 +169,6 @@ RECIPES = (ROOT / "docs/recipes.md").read_text()
 FILES = {code.split("\n")[0].split()[1]: code for language, code in fences(RECIPES) if re.match(r"# \w+\.py", code)}
 
 
-def test_the_recipe_of_a_classifier_runs(tmp_path):
-    shutil.copy(ROOT / "docs/examples/classifier.py", tmp_path)
-    (tmp_path / "rewards.py").write_text(FILES["rewards.py"])
-    rewards = ["--reward-fn", "classifier.py:score", "--gold-fn", "rewards.py:total"]
-    run("p3o_v2", *TINY, *rewards, cwd=tmp_path, CLASSIFIER=str(ROOT / "tiny/reward_model"))
-
-
 def test_the_recipe_of_several_rewards_is_their_weighted_sum(tmp_path):
     (tmp_path / "rewards.py").write_text(FILES["rewards.py"])
     f = runpy.run_path(str(tmp_path / "rewards.py"))

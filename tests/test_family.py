@@ -256,7 +256,7 @@ def test_held_out_prompts_are_the_same_in_every_script(data, tmp_path):
     prompts, held_out = (set(tokenizer.batch_decode(x)) for x in p3o_v2.load_prompts(tokenizer, args))
     rows, held_out_rows = (
         {tokenizer.decode(row["prompt"]) for row in part}
-        for part in sft.load_rows(tokenizer, sft.Args(dataset=str(file)), ("completion",))
+        for part in sft.load_rows(tokenizer, [0], sft.Args(dataset=str(file)), ("completion",))
     )
     assert len(held_out) == 30 and 20 < len(held_out_rows) <= 30
     assert held_out_rows <= held_out and rows <= prompts

@@ -267,6 +267,26 @@ def test_public_models_are_taken_where_no_run_is(size, tmp_path, monkeypatch):
     assert all(public.format("1b") in recipes for public in dpo.PUBLIC.values())
 
 
+def test_a_reward_model_that_starts_from_a_public_policy_is_found_by_the_models_name(tmp_path):
+    """And taken in place of the public one, as a policy is."""
+    code = f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import p3o_v2, reward_model
+model, public = "EleutherAI/pythia-1b", {{"sft/tldr": "{ROOT}/tiny/sft"}}
+reward_model.PUBLIC = public
+args = reward_model.Args(model=model, dataset="tldr", num_updates=1, minibatch_size=4, eval_prompts=4, device="cpu")
+reward_model.main(args)
+print(p3o_v2.find_stage("reward_model", model, "tldr"))
+"""
+    folder = tmp_path / "trl-lib/tldr-preference"  # in place of the hub's
+    folder.mkdir(parents=True)
+    post = "SUBREDDIT: r/{}\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"
+    rows = [{"prompt": post.format(i), "chosen": " Yes.", "rejected": " No."} for i in range(24)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.endswith("runs/reward_model/tldr/pythia-1b/model\n"), result.stdout + result.stderr
+
+
 def test_summaries_of_news_are_no_tldr(tmp_path):
     """The validation rows of that dataset hold articles of CNN/DM too."""
     folder = tmp_path / "trl-lib/tldr-preference"  # in place of the hub's

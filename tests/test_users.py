@@ -1,6 +1,7 @@
 """What users bring: data of many forms, chat templates, reward models with tokens of their own."""
 
 import json
+import re
 import runpy
 import shutil
 
@@ -10,15 +11,19 @@ import torch
 from conftest import ROOT, run
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    GenerationConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
 
+import dpo
 import p3o_v2
 import reward_model
 import sft
@@ -62,7 +67,7 @@ def texts_of(tokenizer, dataset, script=reward_model, columns=("chosen", "reject
     args = script.Args(dataset=str(dataset), **options)
     if script is p3o_v2:
         return {(tokenizer.decode(ids),) for part in script.load_prompts(tokenizer, args) for ids in part}
-    parts = script.load_rows(tokenizer, args, columns)
+    parts = script.load_rows(tokenizer, [tokenizer.eos_token_id], args, columns)
     return {tuple(tokenizer.decode(ids) for ids in row.values()) for part in parts for row in part}
 
 
@@ -112,6 +117,12 @@ def test_subset_and_split(tokenizer, tmp_path):
     train, held_out = p3o_v2.load_prompts(tokenizer, args)
     assert set(tokenizer.batch_decode(train)) == {f"Say {i}." for i in range(150, 170)}
     assert set(tokenizer.batch_decode(held_out)) == {f"Say {i}." for i in range(180, 184)}
+    args = p3o_v2.Args(dataset=str(folder), subset="second", split="test,other")
+    train, held_out = p3o_v2.load_prompts(tokenizer, args)
+    assert set(tokenizer.batch_decode(train)) == {f"Say {i}." for i in range(180, 184)}
+    assert set(tokenizer.batch_decode(held_out)) == {f"Say {i}." for i in range(150, 170)}
+    said = run("sft", "--dataset", folder, "--subset", "first", "--split", "train,all", cwd=tmp_path, code=2)
+    assert "--split train,all: --dataset" in said
     said = run("sft", "--dataset", folder, "--subset", "first", "--split", "all", cwd=tmp_path, code=2)
     assert "--split all: --dataset" in said and "has the splits train, other, test" in said
 
@@ -128,6 +139,70 @@ def test_which_split_is_trained_on_is_asked_where_none_is_called_train(tokenizer
         assert (len(train), len(held_out)) == (22, 2)
 
 
+def test_a_prompt_beside_messages_is_their_first_turn(tokenizer, tmp_path):
+    """The response is the last message alone."""
+    rows = [{"prompt": f"Hi {i}", "messages": [{"role": "user", "content": f"Hi {i}"}, *SAYS[1:]]} for i in range(24)]
+    rows = [{**row, "messages": row["messages"] + assistant("No.")} for row in rows]
+    file = jsonl(tmp_path / "rows.jsonl", rows)
+    begin = [f"<user>Hi {i}<assistant>Yes?<|endoftext|>\n<user>A cactus?<assistant>" for i in range(24)]
+    found = texts_of(tokenizer, file, sft, ("completion",))
+    assert found == {(x, "No.<|endoftext|>") for x in begin}
+    assert texts_of(tokenizer, file, p3o_v2) == {(x,) for x in begin}
+
+
+def test_a_response_that_has_an_end_gets_no_other(tokenizer, tmp_path):
+    """The ends of the model's generation config count, for a classifier made of it too."""
+    (stop,) = tokenizer(".").input_ids
+    shutil.copytree(ROOT / "tiny/sft", tmp_path / "model")
+    GenerationConfig(eos_token_id=[0, stop]).save_pretrained(tmp_path / "model")
+    file = jsonl(tmp_path / "rows.jsonl", [{**row, "rejected": " No"} for row in PAIRS])
+    for script in (reward_model, dpo):
+        args = script.Args(model=str(tmp_path / "model"), dataset=str(file))
+        kind = AutoModelForSequenceClassification if script is reward_model else AutoModelForCausalLM
+        model = kind.from_pretrained(args.model)
+        found = script.load_rows(*script.load_tokenizer(args.model, model, args), args, ("chosen", "rejected"))[0][0]
+        assert [tokenizer.decode(found[key]) for key in ("chosen", "rejected")] == [" Yes.", " No<|endoftext|>"]
+
+
+def test_pairs_that_are_equal_once_they_are_cut_are_dropped(tokenizer, tmp_path, capsys):
+    rows = [{"prompt": f"Say {i}.", "chosen": " Yes. Yes. Yes.", "rejected": " Yes. Yes. No."} for i in range(24)]
+    file = jsonl(tmp_path / "rows.jsonl", rows + PAIRS[:4] + [{**PAIRS[5], "rejected": " Yes."}])
+    assert len(texts_of(tokenizer, file, max_response_tokens=4)) == 4
+    assert "chosen and rejected are equal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("room", [0, 3])
+def test_transformers_scores_a_reward_model_as_the_script_does(room, tmp_path):
+    """Also one of GPT-2's kind, whose end of a text is its padding and whose vocabulary has no room for another."""
+    tokenizer = a_tokenizer("decoder")
+    tokenizer.pad_token = tokenizer.eos_token
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": len(tokenizer) + room}
+    GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=tokenizer.eos_token_id)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    file = jsonl(tmp_path / "rows.jsonl", PAIRS)
+    flags = [*QUICK["reward_model"].split(), "--model", "base", "--dataset", file, "--output-dir", "run"]
+    run("reward_model", *flags, cwd=tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model")
+    own = AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    texts = [row["prompt"] + row["chosen"] * n + own.eos_token for n, row in enumerate(PAIRS[:4], 1)]
+    together = model(**own(texts, return_tensors="pt", padding=True)).logits.flatten()
+    prompts, responses = ([own(x, return_tensors="pt").input_ids[0] for x in xs] for xs in (["Say 0."], [" Yes."]))
+    end = torch.tensor([own.eos_token_id])
+    found = reward_model.response_scores(model, prompts, [torch.cat((y, end)) for y in responses])
+    assert found[0].item() == pytest.approx(together[0].item(), rel=1e-4)
+    run(
+        "p3o_v2",
+        *QUICK["p3o_v2"].split(),
+        "--model",
+        "base",
+        "--dataset",
+        file,
+        "--reward-model",
+        "run/model",
+        cwd=tmp_path,
+    )
+
+
 @pytest.mark.parametrize(
     "script, columns", [(p3o_v2, ()), (sft, ("completion",)), (reward_model, ("chosen", "rejected"))]
 )
@@ -139,7 +214,10 @@ def test_held_out_prompts_are_not_trained_on(script, columns, tokenizer, tmp_pat
     if script is p3o_v2:
         parts = script.load_prompts(tokenizer, args)
     else:
-        parts = ([row["prompt"] for row in part] for part in script.load_rows(tokenizer, args, columns))
+        parts = (
+            [row["prompt"] for row in part]
+            for part in script.load_rows(tokenizer, [tokenizer.eos_token_id], args, columns)
+        )
     train, held_out = map(tokenizer.batch_decode, parts)
     assert len(train) == 20 and len(held_out) == 4 and not {*train} & {*held_out}
     assert "7 train rows dropped: their prompts are held out" in capsys.readouterr().out
@@ -295,14 +373,23 @@ ROWS = [("Hi", " Yes."), (HH, " Give it water, not often."), ("Why? " * 60, " No
 TURNS = ["A cactus?", "Give it water, not often."]
 
 
-@pytest.fixture
-def classifier(tmp_path, monkeypatch):
-    """The example's function for a reward model, and what that gives for ids, alone."""
+def an_example(tmp_path, kind, chat_template=None):
+    """The example with the name of a reward model, and that model and its tokenizer."""
+    folder, model, own = a_reward_model(tmp_path / "judge", kind, chat_template)
+    code = (ROOT / "docs/examples/classifier.py").read_text()
+    assert len(re.findall("^NAME = .*$", code, re.M)) == 1
+    file = tmp_path / "judge.py"
+    file.write_text(re.sub("^NAME = .*$", f"NAME = {str(folder)!r}", code, flags=re.M))
+    return file, model, own
 
-    def load(kind, chat_template=None):
-        folder, model, own = a_reward_model(tmp_path / "judge", kind, chat_template)
-        monkeypatch.setenv("CLASSIFIER", str(folder))
-        score = runpy.run_path(ROOT / "docs/examples/classifier.py")["score"]
+
+@pytest.fixture
+def classifier(tmp_path):
+    """The example's function of rows, and what it should give."""
+
+    def load(*kind):
+        file, model, own = an_example(tmp_path, *kind)
+        score = runpy.run_path(file)["score"]
         return lambda rows: score(*map(list, zip(*rows))), model, own
 
     return load
@@ -333,11 +420,9 @@ def test_the_example_writes_dialogues_by_a_chat_template(classifier):
 
 @pytest.mark.parametrize("script, kind", [("p3o_v2", "decoder"), ("dpo", "encoder")])
 def test_the_example_as_the_reward_of_a_run(script, kind, tmp_path):
-    a_reward_model(tmp_path / "judge", kind)
-    flags = ["--dataset", jsonl(tmp_path / "rows.jsonl", PAIRS), "--output-dir", "run"]
-    flags += [*QUICK[script].split(), "--reward-fn", ROOT / "docs/examples/classifier.py:score"]
-    assert "name a reward model in the environment variable CLASSIFIER" in run(script, *flags, cwd=tmp_path, code=2)
-    run(script, *flags, cwd=tmp_path, CLASSIFIER="judge")
+    file, *_ = an_example(tmp_path, kind)
+    flags = ["--dataset", jsonl(tmp_path / "rows.jsonl", PAIRS), "--output-dir", "run", "--reward-fn", f"{file}:score"]
+    run(script, *QUICK[script].split(), *flags, cwd=tmp_path)
     point = json.loads((tmp_path / "run/frontier.jsonl").read_text().splitlines()[0])
     assert point["reward_se"] > 0
 

@@ -1,10 +1,11 @@
 r"""A reward model that has other tokens than the policy, as most on the hub, for --reward-fn: it reads text.
 
-    CLASSIFIER=Ray2333/gpt2-large-helpful-reward_model python p3o_v2.py --model pythia-1b --dataset hh \
-        --reward-fn docs/examples/classifier.py:score
+    python p3o_v2.py --model pythia-1b --dataset hh --reward-fn docs/examples/classifier.py:score
 
-CLASSIFIER: a hub id or folder with a sequence classifier of one output. It gets, by what it is,
-* with a chat template: the turns of the dialogue where the prompt has HH's form ("\n\nHuman: …"), else one each;
+For another model change NAME in a copy: a run records the file that its reward is from, and no more. It can be any
+sequence classifier with one output, and gets, by what it is,
+* with a chat template: the turns of the dialogue where the prompt has HH's form ("\n\nHuman: …"), else one each. A
+  prompt of messages arrives as the policy's template wrote it, without special tokens: as_read is the place to undo it;
 * an encoder: prompt and response as a pair, as in tokenizer(x, y);
 * a decoder: prompt and response as one text, and nothing after it. Its card says whether that is what it was made for.
 
@@ -17,8 +18,7 @@ import re
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-if not (NAME := os.environ.get("CLASSIFIER")):
-    raise ValueError("name a reward model in the environment variable CLASSIFIER")
+NAME = "Ray2333/gpt2-large-helpful-reward_model"
 tokenizer = AutoTokenizer.from_pretrained(NAME, truncation_side="left")
 model = AutoModelForSequenceClassification.from_pretrained(NAME, dtype=torch.float32)
 if torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
