@@ -286,7 +286,7 @@ def test_the_table_of_memory_and_time_is_computed():
         assert shown == [f"{number:.1f}" if number else "–" for number in (*gib, seconds)], line
         assert max(gib) < (24 if int(speed) < 100 else 80), line
         rows += 1
-    assert rows == 20
+    assert rows == 26
 
 
 def test_the_citation_is_of_this_version_and_license():
