@@ -281,7 +281,8 @@ def to_texts(row, columns, tokenizer):
     prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
     for key, x in zip(keys, values):
         if not isinstance(x, str) and not (isinstance(x, list) and {*map(type, x)} == {dict}):
-            found = f"found {x!r:.60} (columns: {', '.join(row)}); --map {key}=COLUMN names another"
+            names = key if "prompt" in row else f"prompt=COLUMN {key}"
+            found = f"found {x!r:.60} (columns: {', '.join(row)}); --map {names}=COLUMN names another"
             raise ValueError(f"expected text or messages in {key}; {found}")
     if any(isinstance(x, list) for x in values):
         if not tokenizer.chat_template:
@@ -291,6 +292,8 @@ def to_texts(row, columns, tokenizer):
         dialogue = dialogue if prompt else responses[0][:-1]
         if prompt and dialogue[-1].get("role") == "assistant":
             raise ValueError("the messages of the prompt end with an answer; --map completion=COLUMN if they hold both")
+        if any(y[-1].get("role") != "assistant" for y in responses):
+            raise ValueError("the last message is not the assistant's answer; --map prompt=COLUMN if all is the prompt")
         render = partial(tokenizer.apply_chat_template, tokenize=False)
         # A response of one message lacks the dialogue before it.
         responses = [render(y if y[1:] or not prompt else dialogue + y).rstrip() for y in responses]
@@ -334,7 +337,9 @@ def read_dataset(tokenizer, args, columns):
             try:
                 if not is_json or row["text"].strip():
                     row = {**json.loads(row["text"])} if is_json else row
-                    part.append(to_texts(row | {key: row.get(x) for key, x in renamed}, columns, tokenizer))
+                    if wrong := [f"{key}={x}" for key, x in renamed if x not in row]:
+                        raise ValueError(f"--map {' '.join(wrong)}: the columns are {', '.join(row)}")
+                    part.append(to_texts(row | {key: row[x] for key, x in renamed}, columns, tokenizer))
             except Exception as error:  # a chat template raises what it likes
                 raise UserError(f"{flag}: row {number} of {name}: {type(error).__name__}: {error}.") from error
     if args.dataset == "tldr":

@@ -297,7 +297,8 @@ def to_texts(row, columns, tokenizer):
     prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
     for key, x in zip(keys, values):
         if not isinstance(x, str) and not (isinstance(x, list) and {*map(type, x)} == {dict}):
-            found = f"found {x!r:.60} (columns: {', '.join(row)}); --map {key}=COLUMN names another"
+            names = key if "prompt" in row else f"prompt=COLUMN {key}"
+            found = f"found {x!r:.60} (columns: {', '.join(row)}); --map {names}=COLUMN names another"
             raise ValueError(f"expected text or messages in {key}; {found}")
     if any(isinstance(x, list) for x in values):
         if not tokenizer.chat_template:
@@ -307,6 +308,8 @@ def to_texts(row, columns, tokenizer):
         dialogue = dialogue if prompt else responses[0][:-1]
         if prompt and dialogue[-1].get("role") == "assistant":
             raise ValueError("the messages of the prompt end with an answer; --map completion=COLUMN if they hold both")
+        if any(y[-1].get("role") != "assistant" for y in responses):
+            raise ValueError("the last message is not the assistant's answer; --map prompt=COLUMN if all is the prompt")
         render = partial(tokenizer.apply_chat_template, tokenize=False)
         # A response of one message lacks the dialogue before it.
         responses = [render(y if y[1:] or not prompt else dialogue + y).rstrip() for y in responses]
@@ -350,7 +353,9 @@ def read_dataset(tokenizer, args, columns):
             try:
                 if not is_json or row["text"].strip():
                     row = {**json.loads(row["text"])} if is_json else row
-                    part.append(to_texts(row | {key: row.get(x) for key, x in renamed}, columns, tokenizer))
+                    if wrong := [f"{key}={x}" for key, x in renamed if x not in row]:
+                        raise ValueError(f"--map {' '.join(wrong)}: the columns are {', '.join(row)}")
+                    part.append(to_texts(row | {key: row[x] for key, x in renamed}, columns, tokenizer))
             except Exception as error:  # a chat template raises what it likes
                 raise UserError(f"{flag}: row {number} of {name}: {type(error).__name__}: {error}.") from error
     if args.dataset == "tldr":
@@ -384,9 +389,11 @@ def show_rows(tokenizer, rows, models):
     """--dry-run: two rows token by token, prompts grey and responses, which are trained on, green; the length of the
     parts of all rows; the memory of the models' weights, gradients and AdamW's moments. rows: lists of 1-D ids."""
     for row in rows[:2]:
+        until = [tokenizer.decode(torch.cat(row)[:n]) for n in range(sum(map(len, row)) + 1)]
+        tokens = [repr(text[len(before) :])[1:-1] for before, text in zip(until, until[1:])]
         for part, ids in enumerate(row):
-            tokens = "|".join(repr(tokenizer.decode(i))[1:-1] for i in ids)
-            print(f"\033[{32 if part else 90}m{tokens}\033[0m")
+            print(f"\033[{32 if part else 90}m{'|'.join(tokens[: len(ids)])}\033[0m")
+            tokens = tokens[len(ids) :]
         print()
     for part, lengths in enumerate(zip(*(map(len, row) for row in rows))):
         at = ", ".join(str(sorted(lengths)[int(share * (len(rows) - 1))]) for share in (0, 0.05, 0.5, 0.95, 1))
@@ -716,11 +723,9 @@ def open_run(accelerator, folder, args, **record):
     return record | state
 
 
-def open_writer(accelerator, folder, args, run, *measures):
-    """The main process's TensorBoard writer; a new run's settings go to its HPARAMS tab, beside these measures. With
-    --track Weights & Biases gets all of it too (WANDB_MODE=offline keeps it in the run's folder)."""
-    if not accelerator.is_main_process:
-        return None
+def open_writer(folder, args, run, *measures):
+    """TensorBoard's writer, of the main process; a new run's settings go to its HPARAMS tab, beside these measures.
+    With --track Weights & Biases gets all of it too (WANDB_MODE=offline keeps it in the run's folder)."""
     if args.track:
         import wandb  # optional
 
@@ -766,7 +771,9 @@ def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs
                 tokenizer.save_pretrained(part)
                 files = [folder / "args.json", *folder.glob("evaluations.jsonl"), *folder.glob("frontier.jsonl")]
                 card = "".join(f"\n{file.name}\n```\n{file.read_text()}\n```\n" for file in files)
-                (part / "README.md").write_text(f"---\nlibrary_name: transformers\n---\n# Made by {NAME}.py\n{card}")
+                (part / "README.md").write_text(
+                    f"---\nlibrary_name: transformers\n---\n# {short_name(args.model)}, trained by {NAME}.py\n{card}"
+                )
                 found = inner(*inputs, model=load_model(auto_class, part, "--output-dir", inner.model.device, args))
             except Exception as error:
                 raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
@@ -843,7 +850,7 @@ def main(args):
     run = open_run(accelerator, folder, args, script=NAME, base_name=base, policy=policy_path, reward=reward_path)
     if run is None:
         return json.loads((folder / "frontier.jsonl").read_text().splitlines()[-1])
-    writer = open_writer(accelerator, folder, args, run, "eval/reward", "eval/kl")
+    writer = open_writer(folder, args, run, "eval/reward", "eval/kl") if accelerator.is_main_process else None
     generator = torch.Generator().manual_seed(args.seed)  # of the order of prompts and minibatches, training's noise
     uniform = partial(torch.rand, dtype=torch.float64, generator=generator)
     B, K, T, max_rows = args.prompts_per_update, args.num_responses, args.max_response_tokens, args.micro_batch_size
@@ -859,8 +866,9 @@ def main(args):
     generator.set_state(run.get("generator", generator.get_state()))
     processes, rank, caught = accelerator.num_processes, accelerator.process_index, []
     max_norm = args.max_grad_norm or math.inf
+    end, say = signal.default_int_handler, partial(os.write, 2, b"\nstopping after this update\n")
     for number in (signal.SIGINT, signal.SIGTERM):  # the third at once: launchers pass each on a second time
-        signal.signal(number, lambda n, at: signal.default_int_handler(n, at) if len(caught) > 1 else caught.append(n))
+        signal.signal(number, lambda n, at: end(n, at) if len(caught) > 1 else caught.append(n) or say())
     progress = tqdm(total=args.num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
     for update in range(start, args.num_updates + 1):  # the last round only saves and evaluates
         # 0. Every so often save what a resume needs, and evaluate the policy as it is after so many updates.
@@ -994,7 +1002,7 @@ if __name__ == "__main__":
         codes = {UserError: 2, ModuleNotFoundError: 2, KeyboardInterrupt: 130}
         code, said = codes.get(type(error), 1), f"{NAME}.py: {str(error) or 'interrupted'}"
         if code == 1:
-            said += "\nWhat was saved is kept: when this is mended, the same command with --resume goes on."
+            said += "\nWhat was saved is kept: mend this (--debug: where), and the same command with --resume goes on."
         if isinstance(error, torch.OutOfMemoryError):
             said += "\nLess memory: --micro-batch-size, --gradient-checkpointing, --dtype bfloat16, --unfrozen-layers"
         tqdm.write(said, file=sys.stderr)

@@ -288,11 +288,11 @@ REFUSED = [
         (
             s,
             "--dataset in/misnamed.jsonl --map prompt=answers",
-            "expected text or messages in prompt; found None (columns: question, answer, prompt)",
+            "--map prompt=answers: the columns are question, answer",
         )
         for s in EVERY
     ],
-    ("p3o_v2", "--dataset in/misnamed.jsonl --map prompt", "expected text or messages in prompt; found None"),
+    ("p3o_v2", "--dataset in/misnamed.jsonl --map prompt", "--map prompt=: the columns are question, answer"),
     # nothing left
     ("p3o_v2", "--dataset in/no_prompts.jsonl", "--dataset in/no_prompts.jsonl: no train prompts are left"),
     ("p3o_v2", "--max-prompt-tokens 1", "no train prompts are left"),

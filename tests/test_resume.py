@@ -186,6 +186,7 @@ def test_a_stopped_run_saves_a_checkpoint_and_says_how_to_go_on(script, name, co
     found, output = disturbed(script, signalled, "metrics.jsonl", 2, *options, cwd=tmp_path)
     assert found == code
     assert [line.partition(":")[0] for line in output.splitlines() if "--resume" in line] == ["stopped after 2 updates"]
+    assert "stopping after this update" in output  # at once, so that nobody presses again
     assert [path.name for path in (tmp_path / "run/checkpoint").iterdir()] == ["00000002"]
     assert not (tmp_path / "run/model").exists()
     assert "resumed" in run(script, *options, "--resume", cwd=tmp_path)

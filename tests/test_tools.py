@@ -11,7 +11,13 @@ import pytest
 import torch
 from conftest import ROOT, run
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 import dpo
 import p3o_v2
@@ -118,6 +124,15 @@ def test_a_dry_run_shows_rows_and_leaves_nothing(script, parts, tmp_path):
     assert len(shown) == 2 * (parts - 1) and all(row.endswith("|<|endoftext|>\033[0m") for row in shown)
     assert said.count("tokens: shortest, 5 %, median, 95 %, longest") == parts
     assert "GiB for weights, gradients and AdamW" in said
+
+
+def test_a_dry_run_shows_the_spaces(capsys):
+    """Also those that a token loses where it is decoded alone: SentencePiece's."""
+    tokenizer = Tokenizer(models.BPE({"▁": 0, "a": 1, "b": 2, "▁a": 3}, [("▁", "a")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    p3o_v2.show_rows(tokenizer, [[torch.tensor([3, 2]), torch.tensor([3, 2, 1])]], [])
+    assert "\033[90ma|b\033[0m\n\033[32m a|b|a\033[0m\n" in capsys.readouterr().out
 
 
 def test_the_memory_of_a_dry_run(capsys):

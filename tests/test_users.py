@@ -268,6 +268,19 @@ def test_a_column_of_messages_is_a_dialogue_that_ends_with_the_response(tokenize
         p3o_v2.load_prompts(tokenizer, p3o_v2.Args(dataset=str(file), map=("prompt=messages",)))
 
 
+@pytest.mark.parametrize("script, columns", [(p3o_v2, ()), (sft, ("completion",))])
+def test_messages_that_end_with_no_answer_are_refused(script, columns, tokenizer, tmp_path):
+    """They are prompts, which --map can say; half of them would be taken for one else."""
+    system = {"role": "system", "content": "Be kind."}
+    for rows in ([{"messages": [system, user(i)]} for i in range(12)], [{"messages": [user(i)]} for i in range(12)]):
+        file = jsonl(tmp_path / "rows.jsonl", rows)
+        with pytest.raises(script.UserError, match="not the assistant's answer; --map prompt=COLUMN"):
+            texts_of(tokenizer, file, script, columns)
+        found = texts_of(tokenizer, file, p3o_v2, (), map=("prompt=messages",))
+        begin = "<system>Be kind." * (len(rows[0]["messages"]) > 1)
+        assert found == {(f"{begin}<user>Say {i}.<assistant>",) for i in range(12)}
+
+
 def test_the_beginning_of_sequence_stands_once(tmp_path):
     """Where the template writes it, the tokenizer does not add another."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
@@ -418,6 +431,12 @@ def test_the_example_writes_dialogues_by_a_chat_template(classifier):
     assert score(ROWS[:2]) == pytest.approx([model(row).logits.item() for row in ids], rel=1e-5)
 
 
+def test_the_example_refuses_a_dialogue_that_another_template_wrote(classifier):
+    score, _, _ = classifier("decoder", CHAT)
+    with pytest.raises(ValueError, match="let as_read take it apart"):
+        score([("system\nBe kind.\nuser\nHi\nassistant\n", "Yes.")])
+
+
 @pytest.mark.parametrize("script, kind", [("p3o_v2", "decoder"), ("dpo", "encoder")])
 def test_the_example_as_the_reward_of_a_run(script, kind, tmp_path):
     file, *_ = an_example(tmp_path, kind)
@@ -445,7 +464,7 @@ def test_a_run_with_the_settings_of_another_and_its_card(tmp_path):
     differing = {key for key in first if first[key] != second[key]}
     assert differing == {"seed", "output_dir", "config"} and second["seed"] == 4
     card = (tmp_path / "first/model/README.md").read_text()
-    assert "Made by sft.py" in card and str(file) in card and "git_commit" in card
+    assert "# tiny, trained by sft.py" in card and str(file) in card and "git_commit" in card
     assert (tmp_path / "first/evaluations.jsonl").read_text() in card
     record = json.loads((tmp_path / "first/args.json").read_text())
     (tmp_path / "typed.json").write_text(json.dumps({"args": record["args"] | {"seed": "many"}}))

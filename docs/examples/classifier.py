@@ -5,7 +5,8 @@ r"""A reward model that has other tokens than the policy, as most on the hub, fo
 For another model change NAME in a copy: a run records the file that its reward is from, and no more. It can be any
 sequence classifier with one output, and gets, by what it is,
 * with a chat template: the turns of the dialogue where the prompt has HH's form ("\n\nHuman: …"), else one each. A
-  prompt of messages arrives as the policy's template wrote it, without special tokens: as_read is the place to undo it;
+  prompt of messages arrives as the policy's template wrote it, without special tokens: as_read is the place to undo it,
+  and refuses what looks so;
 * an encoder: prompt and response as a pair, as in tokenizer(x, y);
 * a decoder: prompt and response as one text, and nothing after it. Its card says whether that is what it was made for.
 
@@ -33,6 +34,8 @@ read = pipeline("text-classification", model, tokenizer=tokenizer, function_to_a
 
 def as_read(prompt, response):
     if tokenizer.chat_template:
+        if re.match(r"\s*(system|user)\n", prompt):
+            raise ValueError("the prompt is a dialogue as the policy's template wrote it: let as_read take it apart")
         turns = ["Human", prompt, "Assistant", response]
         if prompt.startswith("\n\nHuman:"):
             turns = re.split(r"\n\n(Human|Assistant):", prompt + response)[1:]
