@@ -25,6 +25,7 @@ import p3o_v2
 QUICK = "--num-updates 2 --prompts-per-update 4 --minibatch-size 4 --num-epochs 1 --max-response-tokens 8 "
 QUICK = (QUICK + "--eval-every 0 --eval-prompts 4 --output-dir run").split()
 OFFLINE = "--num-updates 2 --minibatch-size 4 --max-response-tokens 8 --eval-prompts 4 --output-dir run".split()
+PAIRS = "".join((ROOT / "tiny/data/train.jsonl").read_text().splitlines(keepends=True)[:60])
 IDS = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])], [torch.tensor([10, 11, 0]), torch.tensor([12])]
 
 
@@ -66,6 +67,8 @@ def test_the_reference_shares_what_is_frozen(flags, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script, flags", [("p3o_v2", QUICK), ("dpo", OFFLINE)])
 def test_an_adapter_is_saved_merged_and_refused_unmerged(script, flags, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(PAIRS)
+    flags = [*flags, "--dataset", "pairs.jsonl"]
     run(script, *flags, "--lora-rank", 4, "--learning-rate", 1e-2, cwd=tmp_path)
     folder, points = tmp_path / "run/model", lines(tmp_path / "run/frontier.jsonl")
     assert (folder / "adapter_model.safetensors").stat().st_size < (ROOT / "tiny/sft/model.safetensors").stat().st_size
@@ -76,7 +79,7 @@ def test_an_adapter_is_saved_merged_and_refused_unmerged(script, flags, tmp_path
     assert torch.allclose(merged(IDS[0][0][None]).logits, found, atol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "merged")
-    start = ["--dataset", "tiny", "--reward-model", ROOT / "tiny/reward_model", "--overwrite", "--model"]
+    start = ["--reward-model", ROOT / "tiny/reward_model", "--overwrite", "--model"]
     assert "it is an adapter; merge it" in run(script, *flags, *start, folder, cwd=tmp_path, code=2)
     run(script, *flags, *start, "merged", cwd=tmp_path)
 
@@ -193,6 +196,8 @@ def test_rewards_and_samples_stop_before_a_stop_string(script, flags, tmp_path):
     """Backslash n is a line break, as no shell writes one."""
     code = "def f(xs, ys):\n    assert not any('o' in y for y in ys)\n    return [len(y) for y in ys]\n"
     (tmp_path / "r.py").write_text(code)
+    (tmp_path / "pairs.jsonl").write_text(PAIRS)
+    flags = [*flags, "--dataset", "pairs.jsonl"]
     run(
         script, *flags, "--max-response-tokens", 24, "--stop", "o", r"\n\nHuman:", "--reward-fn", "r.py:f", cwd=tmp_path
     )
