@@ -263,10 +263,10 @@ def load_tokenizer(name, model, args):
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token, which ends a response.")
-    generation = model.config
-    with suppress(OSError):
-        generation = transformers.GenerationConfig.from_pretrained(name)  # a classifier made of a policy has none
-    ends = (tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id)
+    generation = getattr(model, "generation_config", None)
+    with suppress(OSError, ValueError):  # a classifier made of a policy has none
+        generation = generation or transformers.GenerationConfig.from_pretrained(name)
+    ends = (tokenizer.eos_token_id, model.config.eos_token_id, getattr(generation, "eos_token_id", None))
     return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
 
 
@@ -274,7 +274,7 @@ def to_texts(row, columns, tokenizer):
     """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
     the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
     chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
-    if "messages" in row and row["messages"] is not row.get("prompt") and not {"chosen", "completion"} & {*row}:
+    if "messages" in row and not {"chosen", "completion"} & {*row}:
         row = {"chosen": row["messages"]} | {key: x for key, x in row.items() if key != "prompt"}  # their first turn
     columns = columns or ("completion",) * isinstance(row.get("chosen", row.get("completion")), list)
     keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
@@ -292,7 +292,7 @@ def to_texts(row, columns, tokenizer):
         dialogue = dialogue if prompt else responses[0][:-1]
         if prompt and dialogue[-1].get("role") == "assistant":
             raise ValueError("the messages of the prompt end with an answer; --map completion=COLUMN if they hold both")
-        if any(y[-1].get("role") != "assistant" for y in responses):
+        if any(y[-1].get("role") in ("user", "system", "developer", "tool") for y in responses):
             raise ValueError("the last message is not the assistant's answer; --map prompt=COLUMN if all is the prompt")
         render = partial(tokenizer.apply_chat_template, tokenize=False)
         # A response of one message lacks the dialogue before it.
@@ -328,7 +328,7 @@ def read_dataset(tokenizer, args, columns):
 
     splits, is_json = fetch("dataset", path, "--dataset", load)
     first, *held = args.split.split(",") if args.split else ["train" if len(splits) > 1 else [*splits][0]]
-    if not {first, *held} <= {*splits}:
+    if not {first, *held} <= {*splits} or held[1:] or first in held:
         raise UserError(f"--split {','.join((first, *held))}: {flag} has the splits {', '.join(splits)}.")
     names = [x for x in dict.fromkeys((first, *held, "test", "validation")) if x in splits]
     parts, renamed = [[] for _ in names[:2]], [x.partition("=")[::2] for x in args.map]
@@ -337,9 +337,12 @@ def read_dataset(tokenizer, args, columns):
             try:
                 if not is_json or row["text"].strip():
                     row = {**json.loads(row["text"])} if is_json else row
-                    if wrong := [f"{key}={x}" for key, x in renamed if x not in row]:
+                    if wrong := [f"{k}={x}" for k, x in renamed if x not in row and (k != "rejected" or k in columns)]:
                         raise ValueError(f"--map {' '.join(wrong)}: the columns are {', '.join(row)}")
-                    part.append(to_texts(row | {key: row[x] for key, x in renamed}, columns, tokenizer))
+                    mapped = {key: row.get(x) for key, x in renamed}
+                    if "prompt" in mapped:  # goes before messages
+                        row.pop("messages", None)
+                    part.append(to_texts(row | mapped, columns, tokenizer))
             except Exception as error:  # a chat template raises what it likes
                 raise UserError(f"{flag}: row {number} of {name}: {type(error).__name__}: {error}.") from error
     if args.dataset == "tldr":
@@ -844,7 +847,7 @@ def draw(file, title, key, curves, limit):
     axes.legend(loc="best", fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
-    with SummaryWriter(file.with_suffix("")) as writer:  # for TensorBoard's tab of images
+    with SummaryWriter(file.with_suffix(".tensorboard")) as writer:  # for its tab of images
         writer.add_figure(file.stem, figure)
 
 
@@ -898,7 +901,8 @@ def draw_samples(args, file, inputs, sample, prompts, judges):
     if file.is_file() and not args.overwrite:
         try:
             before, values = (torch.load(file)[key] for key in ("inputs", "values"))
-            changed = [f"{k} {before.get(k)!r} (now {inputs[k]!r})" for k in inputs if before.get(k) != inputs[k]]
+            new = [k for k in inputs if (before.get(k) or None) != (inputs[k] or None)]
+            changed = [f"{k} {before.get(k)!r} (now {inputs[k]!r})" for k in new]
             wrong = f"is of other samples, with {', '.join(changed)}" if changed else ""
         except Exception as error:
             wrong = f"is damaged ({type(error).__name__}: {error})"

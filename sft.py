@@ -228,10 +228,10 @@ def load_tokenizer(name, model, args):
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token, which ends a response.")
-    generation = model.config
-    with suppress(OSError):
-        generation = transformers.GenerationConfig.from_pretrained(name)  # a classifier made of a policy has none
-    ends = (tokenizer.eos_token_id, model.config.eos_token_id, generation.eos_token_id)
+    generation = getattr(model, "generation_config", None)
+    with suppress(OSError, ValueError):  # a classifier made of a policy has none
+        generation = generation or transformers.GenerationConfig.from_pretrained(name)
+    ends = (tokenizer.eos_token_id, model.config.eos_token_id, getattr(generation, "eos_token_id", None))
     return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
 
 
@@ -239,7 +239,7 @@ def to_texts(row, columns, tokenizer):
     """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
     the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
     chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
-    if "messages" in row and row["messages"] is not row.get("prompt") and not {"chosen", "completion"} & {*row}:
+    if "messages" in row and not {"chosen", "completion"} & {*row}:
         row = {"chosen": row["messages"]} | {key: x for key, x in row.items() if key != "prompt"}  # their first turn
     columns = columns or ("completion",) * isinstance(row.get("chosen", row.get("completion")), list)
     keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
@@ -257,7 +257,7 @@ def to_texts(row, columns, tokenizer):
         dialogue = dialogue if prompt else responses[0][:-1]
         if prompt and dialogue[-1].get("role") == "assistant":
             raise ValueError("the messages of the prompt end with an answer; --map completion=COLUMN if they hold both")
-        if any(y[-1].get("role") != "assistant" for y in responses):
+        if any(y[-1].get("role") in ("user", "system", "developer", "tool") for y in responses):
             raise ValueError("the last message is not the assistant's answer; --map prompt=COLUMN if all is the prompt")
         render = partial(tokenizer.apply_chat_template, tokenize=False)
         # A response of one message lacks the dialogue before it.
@@ -293,7 +293,7 @@ def read_dataset(tokenizer, args, columns):
 
     splits, is_json = fetch("dataset", path, "--dataset", load)
     first, *held = args.split.split(",") if args.split else ["train" if len(splits) > 1 else [*splits][0]]
-    if not {first, *held} <= {*splits}:
+    if not {first, *held} <= {*splits} or held[1:] or first in held:
         raise UserError(f"--split {','.join((first, *held))}: {flag} has the splits {', '.join(splits)}.")
     names = [x for x in dict.fromkeys((first, *held, "test", "validation")) if x in splits]
     parts, renamed = [[] for _ in names[:2]], [x.partition("=")[::2] for x in args.map]
@@ -302,9 +302,12 @@ def read_dataset(tokenizer, args, columns):
             try:
                 if not is_json or row["text"].strip():
                     row = {**json.loads(row["text"])} if is_json else row
-                    if wrong := [f"{key}={x}" for key, x in renamed if x not in row]:
+                    if wrong := [f"{k}={x}" for k, x in renamed if x not in row and (k != "rejected" or k in columns)]:
                         raise ValueError(f"--map {' '.join(wrong)}: the columns are {', '.join(row)}")
-                    part.append(to_texts(row | {key: row[x] for key, x in renamed}, columns, tokenizer))
+                    mapped = {key: row.get(x) for key, x in renamed}
+                    if "prompt" in mapped:  # goes before messages
+                        row.pop("messages", None)
+                    part.append(to_texts(row | mapped, columns, tokenizer))
             except Exception as error:  # a chat template raises what it likes
                 raise UserError(f"{flag}: row {number} of {name}: {type(error).__name__}: {error}.") from error
     if args.dataset == "tldr":
@@ -355,7 +358,7 @@ def show_rows(tokenizer, rows, models):
     parts of all rows; the memory of the models' weights, gradients and AdamW's moments. rows: lists of 1-D ids."""
     for row in rows[:2]:
         until = [tokenizer.decode(torch.cat(row)[:n]) for n in range(sum(map(len, row)) + 1)]
-        tokens = [repr(text[len(before) :])[1:-1] for before, text in zip(until, until[1:])]
+        tokens = [repr(x[len(os.path.commonprefix((w, x))) :])[1:-1] for w, x in zip(until, until[1:])]
         for part, ids in enumerate(row):
             print(f"\033[{32 if part else 90}m{'|'.join(tokens[: len(ids)])}\033[0m")
             tokens = tokens[len(ids) :]
@@ -566,7 +569,7 @@ def open_run(accelerator, folder, args, **record):
             state = torch.load(last / "state.pt") if last else {}
             now, *before = ({**r, **r["args"]} for r in (record, saved, state or saved))
             free = MAY_CHANGE - ({"num_updates"} if now.get("lr_schedule", "constant") != "constant" else set())
-            changed = {k: r.get(k) for r in before for k in now.keys() - free if r.get(k) != now[k]}
+            changed = {k: r.get(k) for r in before for k in now.keys() - free if (r.get(k) or None) != (now[k] or None)}
             sizes = [(folder / name, size) for name, size in state.get("files", {}).items()]
             ended = (folder / "model").is_dir() and saved["args"]["num_updates"] == args.num_updates
             if changed:
@@ -733,9 +736,16 @@ def main(args):
     order.set_state(run.get("order", order.get_state()))
     scheduler.load_state_dict(run.get("scheduler", scheduler.state_dict()))
     processes, rank, caught = accelerator.num_processes, accelerator.process_index, []
-    end, say = signal.default_int_handler, partial(os.write, 2, b"\nstopping after this update\n")
-    for number in (signal.SIGINT, signal.SIGTERM):  # the third at once: launchers pass each on a second time
-        signal.signal(number, lambda n, at: end(n, at) if len(caught) > 1 else caught.append(n) or say())
+
+    def stop_later(number, frame):  # the third at once: launchers pass each on a second time
+        if len(caught) > 1:
+            signal.default_int_handler(number, frame)
+        caught.append(number)
+        with suppress(OSError):  # of a terminal that is gone
+            os.write(2, b"\nstopping after this update\n")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_later)
     progress = tqdm(total=num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
     for update in range(start, num_updates + 1):  # the last round only saves and evaluates
         # 0. Every so often save what a resume needs, and evaluate on held-out rows.

@@ -337,7 +337,7 @@ def real_run(tmp_path_factory):
 def test_frontier_of_a_real_run(real_run):
     assert "p3o_v2" in run("evaluate", "frontier", "run", cwd=real_run)
     assert (real_run / "runs/frontier.png").stat().st_size > 20_000
-    assert EventAccumulator(str(real_run / "runs/frontier")).Reload().Tags()["images"] == ["frontier"]
+    assert EventAccumulator(str(real_run / "runs/frontier.tensorboard")).Reload().Tags()["images"] == ["frontier"]
 
 
 def test_compare(real_run):

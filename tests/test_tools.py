@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import dpo
+import evaluate
 import p3o_v2
 
 QUICK = "--num-updates 2 --prompts-per-update 4 --minibatch-size 4 --num-epochs 1 --max-response-tokens 8 "
@@ -111,6 +112,11 @@ def test_a_quantised_reward_model_is_loaded_as_it_is(dtype, tmp_path, monkeypatc
     assert sizes[1] < 0.6 * sizes[0]
     model = p3o_v2.load_model(AutoModelForSequenceClassification, "REWARD8", "", "cpu", p3o_v2.Args(dtype=dtype))
     assert {"Linear8bitLt"} < {type(part).__name__ for part in model.modules()}
+    model = evaluate.load_frozen(
+        AutoModelForSequenceClassification, "REWARD8", "", model.device, evaluate.Args(dtype=dtype)
+    )
+    layers = [part.weight.dtype for part in model.modules() if type(part).__name__ == "Linear8bitLt"]
+    assert len(layers) == 16 and {*layers} == {torch.int8}
     plain = AutoModelForSequenceClassification.from_pretrained("REWARD8")
     ids = [torch.cat(row)[None] for row in zip(*IDS)]
     expected = torch.stack([plain(row).logits[0, 0] for row in ids])
@@ -211,6 +217,47 @@ def test_rewards_and_samples_stop_before_a_stop_string(script, flags, tmp_path):
     assert "cut at the length limit" not in said
     answers = [part.split("\n")[2] for part in said.split("**run**")[1:]]
     assert len(answers) == 2 and not any("o" in y for y in answers)
+
+
+def test_samples_of_another_stop_string_are_others(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(PAIRS)
+    flags = [
+        *OFFLINE,
+        "--dataset",
+        "pairs.jsonl",
+        "--reward-model",
+        ROOT / "tiny/reward_model",
+        "--overwrite",
+        "--stop",
+    ]
+    run("mpo", *flags, "o", cwd=tmp_path)
+    assert "new since the last one: ends\n" in run("mpo", *flags, "a", cwd=tmp_path)
+    assert "made before" in run("mpo", *flags, "o", cwd=tmp_path)
+
+
+def test_the_limit_is_of_answers(tmp_path):
+    code = "def f(xs, ys):\n    assert not any('o' in y for y in ys)\n    return [len(y) for y in ys]\n"
+    (tmp_path / "r.py").write_text(code)
+    flags = "--reward-fn r.py:f --num-samples 32 --eval-prompts 2 --max-response-tokens 12 --output-dir limit".split()
+    run("evaluate", "limit", *flags, "--stop", "o", cwd=tmp_path)
+    assert "with stop ['o'] (now ['a'])" in run("evaluate", "limit", *flags, "--stop", "a", cwd=tmp_path, code=2)
+
+
+def test_evaluation_on_hh_stops_at_the_others_turn(tmp_path):
+    """As training on it does."""
+    folder = tmp_path / "Anthropic/hh-rlhf"  # in place of the hub's
+    folder.mkdir(parents=True)
+    rows = [json.loads(line) for line in PAIRS.splitlines()]
+    rows = [{key: row["prompt"] + row[key] for key in ("chosen", "rejected")} for row in rows]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.py").write_text("def f(xs, ys):\n    return [len(y) for y in ys]\n")
+    flags = ["--dataset", "hh", "--reward-fn", "r.py:f", "--max-response-tokens", 4]
+    model = ROOT / "tiny/sft"
+    limit = ["--model", model, "--num-samples", 32, "--eval-prompts", 2, "--output-dir", "limit"]
+    run("evaluate", "limit", *limit, *flags, cwd=tmp_path)
+    run("evaluate", "compare", model, "tiny", *flags, "--eval-prompts", 2, "--output", "c.json", cwd=tmp_path)
+    for file in ("limit/limit.json", "c.json"):
+        assert json.loads((tmp_path / file).read_text())["args"]["stop"] == ["\n\nHuman:"]
 
 
 def test_the_stop_string_of_hh():

@@ -123,6 +123,9 @@ def test_subset_and_split(tokenizer, tmp_path):
     assert set(tokenizer.batch_decode(held_out)) == {f"Say {i}." for i in range(150, 170)}
     said = run("sft", "--dataset", folder, "--subset", "first", "--split", "train,all", cwd=tmp_path, code=2)
     assert "--split train,all: --dataset" in said
+    for split in ("train,train", "train,test,other"):
+        said = run("sft", "--dataset", folder, "--subset", "first", "--split", split, cwd=tmp_path, code=2)
+        assert f"--split {split}: --dataset" in said
     said = run("sft", "--dataset", folder, "--subset", "first", "--split", "all", cwd=tmp_path, code=2)
     assert "--split all: --dataset" in said and "has the splits train, other, test" in said
 
@@ -148,6 +151,12 @@ def test_a_prompt_beside_messages_is_their_first_turn(tokenizer, tmp_path):
     found = texts_of(tokenizer, file, sft, ("completion",))
     assert found == {(x, "No.<|endoftext|>") for x in begin}
     assert texts_of(tokenizer, file, p3o_v2) == {(x,) for x in begin}
+
+
+def test_a_prompt_that_is_mapped_goes_before_messages(tokenizer, tmp_path):
+    rows = [{"question": f"Why {i}?", "messages": [*SAYS, *assistant("No.")]} for i in range(24)]
+    found = texts_of(tokenizer, jsonl(tmp_path / "rows.jsonl", rows), p3o_v2, (), map=("prompt=question",))
+    assert found == {(f"Why {i}?",) for i in range(24)}
 
 
 def test_a_response_that_has_an_end_gets_no_other(tokenizer, tmp_path):

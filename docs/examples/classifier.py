@@ -49,7 +49,8 @@ def as_read(prompt, response):
 
 def score(prompts, responses):
     rows = [as_read(*row) for row in zip(prompts, responses)]
-    cut = sum(len(tokenizer(**row).input_ids) > LONGEST for row in rows)
+    special = {"add_special_tokens": OPTIONS["add_special_tokens"]}
+    cut = sum(len(tokenizer(**row, **special).input_ids) > LONGEST for row in rows)
     if cut:
         print(f"{cut} of {len(rows)} texts cut on the left to the {LONGEST} tokens that {NAME} reads")
     return [found["score"] for found in read(rows)]
