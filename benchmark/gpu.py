@@ -42,7 +42,9 @@ class StaticLayer(DynamicLayer):
     def __init__(self, layer, room, at):
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values = (F.pad(states, (0, 0, 0, room)) for states in (layer.keys, layer.values))
+        self.keys, self.values = (
+            F.pad(states, (0, 0, 0, room)) for states in (layer.keys, layer.values)
+        )
         self.at = at
 
     def update(self, keys, values, *args, **kwargs):
@@ -59,16 +61,25 @@ def graph_sample_responses(model, prompts, noise, temperature, end_ids):
     (N, T), K, device = noise.shape, len(noise) // len(prompts), model.device
     noise, end_ids = noise.to(device), torch.tensor(end_ids, device=device)
     input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
-    mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
+    mask = pad_sequence(
+        [torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left"
+    ).to(device)
     cache = DynamicCache(config=model.config)
     cache.layers = [p3o.InplaceLayer() for _ in cache.layers]
-    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "past_key_values": cache}
+    inputs = {
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "past_key_values": cache,
+    }
     hidden = model.base_model(input_ids, **inputs).last_hidden_state[:, -1:].repeat_interleave(K, 0)
     cache.batch_repeat_interleave(K)
     mask = mask.repeat_interleave(K, 0)
     t, at = (torch.tensor([n], device=device) for n in (0, input_ids.shape[1]))
     cache.layers = [StaticLayer(layer, T, at) for layer in cache.layers]
-    positions, seen = mask.sum(1, keepdim=True), F.pad(mask.bool(), (0, T))[:, None, None]  # [N, 1, 1, L]
+    positions, seen = (
+        mask.sum(1, keepdim=True),
+        F.pad(mask.bool(), (0, T))[:, None, None],
+    )  # [N, 1, 1, L]
     tokens, logprobs = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device)
     token, ended = tokens[:, :1].clone(), torch.zeros(N, dtype=torch.bool, device=device)
     hidden = hidden.float().clone()
@@ -94,7 +105,9 @@ def graph_sample_responses(model, prompts, noise, temperature, end_ids):
     choose()
     advance = step
     for i in range(1, T):
-        if CUDA and i == 4 and T > 8:  # the steps before have warmed up; capturing records a step without doing it
+        if (
+            CUDA and i == 4 and T > 8
+        ):  # the steps before have warmed up; capturing records a step without doing it
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -104,7 +117,9 @@ def graph_sample_responses(model, prompts, noise, temperature, end_ids):
         if i % 8 == 0 and ended.all():
             break
     over = F.pad(torch.isin(tokens, end_ids).cumsum(1), (1, 0))[:, :T] > 0
-    return [(y[:n], p[:n]) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), (T - over.sum(1)).tolist())]
+    return [
+        (y[:n], p[:n]) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), (T - over.sum(1)).tolist())
+    ]
 
 
 def seconds(function, trials=3):
@@ -132,11 +147,19 @@ def machine():
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), matmul)
     copy = 2 * size / seconds(lambda: target.copy_(source), 10)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"name": name, "copy_bytes_per_s": copy, "matmul_flops": matmul, "peak_flops": peak, **versions}
+    return {
+        "name": name,
+        "copy_bytes_per_s": copy,
+        "matmul_flops": matmul,
+        "peak_flops": peak,
+        **versions,
+    }
 
 
 def build(shape, kind, train=False, checkpointing=False):
-    settings = SimpleNamespace(dtype="bfloat16", unfrozen_layers=0, gradient_checkpointing=checkpointing)
+    settings = SimpleNamespace(
+        dtype="bfloat16", unfrozen_layers=0, gradient_checkpointing=checkpointing
+    )
     auto_class = {"policy": GPTNeoXForCausalLM, "score": GPTNeoXForSequenceClassification}[kind]
     with torch.device(DEVICE):
         model = auto_class(config_of(shape, num_labels=1)).eval()
@@ -151,7 +174,10 @@ def decoding(shape, limits, sampler, prompts, length, tokens):
     """Seconds a step (prompts aside) and the share of the copy bandwidth at which it reads weights and cache."""
     model = build(shape, "policy", train=True)
     x, noise = some_ids(prompts, length), torch.rand(2 * prompts, tokens, dtype=torch.float64)
-    whole, few = (seconds(lambda n=n: sampler(model, x, noise[:, :n], 1.0, [-1])) for n in (tokens, tokens // 4))
+    whole, few = (
+        seconds(lambda n=n: sampler(model, x, noise[:, :n], 1.0, [-1]))
+        for n in (tokens, tokens // 4)
+    )
     step = (whole - few) / (tokens - tokens // 4)
     config, rows = model.config, 2 * prompts
     trunk = sum(p.numel() for p in model.base_model.layers.parameters())
@@ -159,7 +185,13 @@ def decoding(shape, limits, sampler, prompts, length, tokens):
     kv = 2 * 2 * config.num_hidden_layers * config.hidden_size * context * rows
     needed = 2 * trunk + 4 * model.get_output_embeddings().weight.numel() + kv
     share = needed / step / limits["copy_bytes_per_s"]
-    return {"rows": rows, "step_s": step, "tokens_per_s": rows / step, "rollout_s": whole, "bandwidth_share": share}
+    return {
+        "rows": rows,
+        "step_s": step,
+        "tokens_per_s": rows / step,
+        "rollout_s": whole,
+        "bandwidth_share": share,
+    }
 
 
 def same_tokens(shape):
@@ -189,7 +221,13 @@ def training(shape, limits, rows, length, tokens, checkpointing):
     mfu = flops / wall / limits["peak_flops"]
     memory = torch.cuda.max_memory_allocated() / 2**30 if CUDA else None
     positions_per_s = positions * rows / 2 / wall
-    return {"rows": rows, "seconds": wall, "positions_per_s": positions_per_s, "mfu": mfu, "peak_gib": memory}
+    return {
+        "rows": rows,
+        "seconds": wall,
+        "positions_per_s": positions_per_s,
+        "mfu": mfu,
+        "peak_gib": memory,
+    }
 
 
 def update(shape, rows, length, tokens, micro_batch_size):
@@ -202,12 +240,21 @@ def update(shape, rows, length, tokens, micro_batch_size):
 
     def run():
         y = [row for row, *_ in p3o.sample_responses(policy, prompts, noise, 1.0, [-1])]
-        r = p3o.in_batches(partial(p3o.response_scores, scorer), prompts, y, micro_batch_size).view(-1, K)
-        ref = p3o.in_batches(partial(logprobs, reference), prompts, y, micro_batch_size).double().sum(1).view(-1, K)
+        r = p3o.in_batches(partial(p3o.response_scores, scorer), prompts, y, micro_batch_size).view(
+            -1, K
+        )
+        ref = (
+            p3o.in_batches(partial(logprobs, reference), prompts, y, micro_batch_size)
+            .double()
+            .sum(1)
+            .view(-1, K)
+        )
         for part in torch.arange(len(prompts)).split(max(1, micro_batch_size // K)):
             micro = [prompts[b] for b in part], [y[K * b + k] for b in part for k in range(K)]
             logps = logprobs(policy, *micro).double().sum(1).view(-1, K)
-            p3o.pairwise_loss(logps, logps.detach(), ref[part], r[part].double(), 0.05, 0.2, 10.0)[0].backward()
+            p3o.pairwise_loss(logps, logps.detach(), ref[part], r[part].double(), 0.05, 0.2, 10.0)[
+                0
+            ].backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -233,7 +280,9 @@ def main(args, compare):
         except Exception:
             traceback.print_exc()
             results[name] = {"error": traceback.format_exc().splitlines()[-1]}
-        shown = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in results[name].items()}
+        shown = {
+            k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in results[name].items()
+        }
         print(f"{name}: {shown}", flush=True)
         with open(output, "w") as file:
             json.dump(results, file, indent=1)
@@ -253,4 +302,6 @@ def main(args, compare):
         measure(f"{shape} update, checkpointing", update, shape, B, length, tokens, 4)
     shape = "pythia-1b" if CUDA else "pythia-14m"
     sizes = {"prompts": B, "new_tokens": tokens, "micro_batch_size": 32, "tasks": ("p3o_v2",)}
-    measure("ours and TRL", compare, replace(args, model=shape, dtype="bfloat16", updates=2, **sizes))
+    measure(
+        "ours and TRL", compare, replace(args, model=shape, dtype="bfloat16", updates=2, **sizes)
+    )

@@ -45,7 +45,15 @@ class Args:
 
 
 def start(script, updates, folder, *more):
-    command = [sys.executable, ROOT / f"{script}.py", *COMMON, *FLAGS[script], "--num-updates", str(updates), *more]
+    command = [
+        sys.executable,
+        ROOT / f"{script}.py",
+        *COMMON,
+        *FLAGS[script],
+        "--num-updates",
+        str(updates),
+        *more,
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with open(folder / "output.txt", "a") as output:
         options = {"stdout": output, "stderr": subprocess.STDOUT, "cwd": folder, "env": environment}
@@ -70,7 +78,9 @@ def kill_once(script, updates, folder, draw, in_save):
     record, saves = run / "args.json", run / "checkpoint"
     before = record.stat().st_mtime_ns if record.exists() else 0
     process = start(script, updates, folder, "--resume")
-    wait_until(lambda: record.exists() and record.stat().st_mtime_ns != before, process)  # the run is opened
+    wait_until(
+        lambda: record.exists() and record.stat().st_mtime_ns != before, process
+    )  # the run is opened
     first, rows = updates_logged(run), draw.choice((2, 3))
     wait_until(lambda: updates_logged(run) > first, process)
     began = time.monotonic()
@@ -97,7 +107,9 @@ def kill_once(script, updates, folder, draw, in_save):
 
 def rows(file):
     found = [json.loads(line) for line in file.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in found]
+    return [
+        {key: value for key, value in row.items() if not key.startswith(TIMES)} for row in found
+    ]
 
 
 def ending(run):
@@ -106,17 +118,26 @@ def ending(run):
     found |= {file.name: rows(file) for file in sorted(run.glob("*.jsonl"))}
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(TIMES)]
-    scalars = {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}
+    scalars = {
+        tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags
+    }
     return found | {"TensorBoard": scalars}
 
 
 def torture(script, kills, seed, folder):
     """Kill, resume, compare; whether all was as it should be."""
-    draw, updates, inside, began = random.Random(f"{script} {seed}"), MARGIN * (kills + 1), 0, time.monotonic()
+    draw, updates, inside, began = (
+        random.Random(f"{script} {seed}"),
+        MARGIN * (kills + 1),
+        0,
+        time.monotonic(),
+    )
     for name in ("undisturbed", "killed"):
         (folder / name).mkdir(parents=True)
         with open(ROOT / "tiny/data/train.jsonl") as lines:
-            (folder / name / "rows.jsonl").write_text("".join(line for line, _ in zip(lines, range(100))))
+            (folder / name / "rows.jsonl").write_text(
+                "".join(line for line, _ in zip(lines, range(100)))
+            )
     print(f"{script}: {updates} updates, a checkpoint after each, {kills} kills", flush=True)
     if start(script, updates, folder / "undisturbed").wait():
         sys.exit((folder / "undisturbed/output.txt").read_text())

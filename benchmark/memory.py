@@ -22,17 +22,25 @@ GIB = 2**30
 # Bytes that a layer keeps for the backward pass, by token and unit of hidden size, measured by torch's hooks on saved
 # tensors (tests/test_docs.py): GPT-NeoX, with a feed-forward part 4 times as wide; Llama, 3.5 times and gated.
 KEPT = {("gpt_neox", 4): 74, ("gpt_neox", 2): 39, ("llama", 4): 98, ("llama", 2): 63}
-MS_A_LAYER = 0.4  # of sampling a token, assumed: small kernels, whose launching takes longer than their work
+MS_A_LAYER = (
+    0.4  # of sampling a token, assumed: small kernels, whose launching takes longer than their work
+)
 
 
 @dataclass
 class Args:
-    model: str = "pythia-1b"  # pythia-14m … pythia-6.9b, or a folder that has the model's config.json
+    model: str = (
+        "pythia-1b"  # pythia-14m … pythia-6.9b, or a folder that has the model's config.json
+    )
     script: Literal[(*ONLINE, *PAIRS, "sft")] = "p3o_v2"  # which script
     reward_fn: bool = False  # the reward is a function: no reward model in memory
-    sharing: Literal["one", "ddp", "fsdp2", "zero2"] = "one"  # one process, or how several share the work
+    sharing: Literal["one", "ddp", "fsdp2", "zero2"] = (
+        "one"  # one process, or how several share the work
+    )
     processes: int = 1  # GPUs
-    dtype: Literal["float32", "bfloat16"] = "float32"  # this and what follows as the scripts have them
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # this and what follows as the scripts have them
+    )
     gradient_checkpointing: bool = False
     unfrozen_layers: int = 0
     prompts_per_update: int = 32
@@ -55,7 +63,12 @@ def count(model, unfrozen):
         model.get_output_embeddings().requires_grad_(True)
         trunk.requires_grad_(False)
         layers[-unfrozen:].requires_grad_(True)
-    linear = {id(p) for part in trunk.modules() if isinstance(part, torch.nn.Linear) for p in part.parameters()}
+    linear = {
+        id(p)
+        for part in trunk.modules()
+        if isinstance(part, torch.nn.Linear)
+        for p in part.parameters()
+    }
     numbers = {True: [0, 0], False: [0, 0]}
     for p in model.parameters():
         numbers[p.requires_grad][0] += p.numel()
@@ -71,9 +84,13 @@ def memory(args, config):
     hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
     width, online = {"float32": 4, "bfloat16": 2}[args.dtype], args.script in ONLINE
     trained_models = 2 if args.script == "ppo" else 1  # the value model is the second
-    still = 4 * (frozen - frozen_linear) + width * frozen_linear  # the policy's frozen part; the reference shares it
+    still = (
+        4 * (frozen - frozen_linear) + width * frozen_linear
+    )  # the policy's frozen part; the reference shares it
     reference = 4 * (trained - linear) + width * linear
-    head = 0 if config.tie_word_embeddings else vocabulary * hidden  # a reward or value model has none
+    head = (
+        0 if config.tie_word_embeddings else vocabulary * hidden
+    )  # a reward or value model has none
     reward = 0 if args.reward_fn else still + reference - 4 * head
     n = trained + (trained - head) * (trained_models - 1)
     shards, sharing = max(args.processes, 1), args.sharing
@@ -82,9 +99,17 @@ def memory(args, config):
         weights, gradient, adam = 4 * n, 4 * n * gradients, 8 * n + 4 * tensors * trained_models
         parts = {"trained weights": weights, "gradients": gradient, "AdamW": adam}
         if sharing == "fsdp2":
-            gathered = 4 * n if not gradients else 4 * trained_models * (trained - linear + 2 * linear // layers)
-            parts = {key: value / shards for key, value in parts.items()} | {"gathered weights": gathered}
-        if sharing == "zero2":  # and DeepSpeed's own copy of its share of the weights, and its bucket of gradients
+            gathered = (
+                4 * n
+                if not gradients
+                else 4 * trained_models * (trained - linear + 2 * linear // layers)
+            )
+            parts = {key: value / shards for key, value in parts.items()} | {
+                "gathered weights": gathered
+            }
+        if (
+            sharing == "zero2"
+        ):  # and DeepSpeed's own copy of its share of the weights, and its bucket of gradients
             parts = {"trained weights": weights + 4 * n / shards, "gradients": gradient / shards}
             parts |= {"AdamW": adam / shards, "buckets": 4 * min(n, 500_000_000) * gradients}
         if sharing == "ddp":
@@ -96,9 +121,21 @@ def memory(args, config):
         return parts
 
     # Sampling, and the evaluations: all prompts at once. Then gradients are not there.
-    prompts = 0 if args.script in ("sft", "reward_model") else max(args.prompts_per_update * online, args.eval_prompts)
-    rows = max(args.prompts_per_update * args.num_responses * online, args.eval_prompts) if prompts else 0
-    prompts, rows, heads = math.ceil(prompts / shards), math.ceil(rows / shards), config.num_attention_heads
+    prompts = (
+        0
+        if args.script in ("sft", "reward_model")
+        else max(args.prompts_per_update * online, args.eval_prompts)
+    )
+    rows = (
+        max(args.prompts_per_update * args.num_responses * online, args.eval_prompts)
+        if prompts
+        else 0
+    )
+    prompts, rows, heads = (
+        math.ceil(prompts / shards),
+        math.ceil(rows / shards),
+        config.num_attention_heads,
+    )
     head_size = getattr(config, "head_dim", None) or hidden // heads
     keys = head_size * (getattr(config, "num_key_value_heads", None) or heads)
     kept = KEPT["llama" if getattr(config, "hidden_act", "gelu") == "silu" else "gpt_neox", width]
@@ -108,7 +145,9 @@ def memory(args, config):
         tokens = args.max_prompt_tokens + args.max_response_tokens
         sampling["cache of keys and values"] = 2 * width * layers * keys * rows * tokens
         reading = prompts * args.max_prompt_tokens * kept * hidden
-        sampling["a layer reading the prompts, or drawing tokens"] = max(reading, 24 * rows * vocabulary)
+        sampling["a layer reading the prompts, or drawing tokens"] = max(
+            reading, 24 * rows * vocabulary
+        )
 
     # Training: rows are x y_1 … y_K, and x is read once.
     group = args.num_responses if online else 2 if args.script in PAIRS else 1
@@ -119,7 +158,9 @@ def memory(args, config):
     depth = min(args.unfrozen_layers or layers, layers)  # what is frozen below keeps nothing
     activations = 4 * depth + kept if args.gradient_checkpointing else kept * depth
     training["activations"] = activations * tokens * hidden * trained_models
-    logits = groups * group * args.max_response_tokens * vocabulary * (args.script != "reward_model")
+    logits = (
+        groups * group * args.max_response_tokens * vocabulary * (args.script != "reward_model")
+    )
     training["logits, in parts"] = 12 * (logits if logits < 2**27 else 2**25)
     return sampling, training
 
@@ -130,26 +171,41 @@ def seconds(args, config):
         model = AutoModelForCausalLM.from_config(config)
     n = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
     K = args.num_responses
-    tokens = args.prompts_per_update * (args.max_prompt_tokens + K * args.max_response_tokens) / max(args.processes, 1)
-    step = 3 if not args.unfrozen_layers else 1 + 2 * args.unfrozen_layers / config.num_hidden_layers
+    tokens = (
+        args.prompts_per_update
+        * (args.max_prompt_tokens + K * args.max_response_tokens)
+        / max(args.processes, 1)
+    )
+    step = (
+        3 if not args.unfrozen_layers else 1 + 2 * args.unfrozen_layers / config.num_hidden_layers
+    )
     step += args.gradient_checkpointing
-    forwards = args.num_epochs * step * (2 if args.script == "ppo" else 1) + 1 + (not args.reward_fn)
+    forwards = (
+        args.num_epochs * step * (2 if args.script == "ppo" else 1) + 1 + (not args.reward_fn)
+    )
     forwards += args.script == "ppo" or args.dtype == "bfloat16"
     sampling = args.max_response_tokens * config.num_hidden_layers * MS_A_LAYER / 1000
     return sampling, 2 * n * tokens * forwards / (args.tflops * 1e12)
 
 
 def main(args):
-    config = config_of(args.model) if args.model in SHAPES else AutoConfig.from_pretrained(args.model)
+    config = (
+        config_of(args.model) if args.model in SHAPES else AutoConfig.from_pretrained(args.model)
+    )
     phases = dict(zip(("sampling", "training"), memory(args, config)))
     for name, parts in phases.items():
         if parts:
             print(f"{name}: {sum(parts.values()) / GIB:.1f} GiB")
-            print("".join(f"    {size / GIB:7.2f}  {part}\n" for part, size in parts.items() if size), end="")
+            print(
+                "".join(f"    {size / GIB:7.2f}  {part}\n" for part, size in parts.items() if size),
+                end="",
+            )
     print(f"peak: {max(sum(parts.values()) for parts in phases.values()) / GIB:.1f} GiB")
     if args.tflops and args.script in ONLINE:
         sampling, training = seconds(args, config)
-        print(f"an update, at the speeds assumed, at most: {sampling:.1f} s of sampling, {training:.1f} s of the rest")
+        print(
+            f"an update, at the speeds assumed, at most: {sampling:.1f} s of sampling, {training:.1f} s of the rest"
+        )
 
 
 if __name__ == "__main__":

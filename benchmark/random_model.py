@@ -39,7 +39,11 @@ def config_of(shape, **options):
         num_attention_heads=heads,
         intermediate_size=4 * hidden,
         max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+        },
         bos_token_id=0,
         eos_token_id=0,
         **options,
@@ -52,4 +56,6 @@ if __name__ == "__main__":
     model = GPTNeoXForCausalLM(config_of(args.shape))
     model.save_pretrained(args.output)
     AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(args.output)
-    print(f"{args.output}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, random weights")
+    print(
+        f"{args.output}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, random weights"
+    )

@@ -34,23 +34,59 @@ from study_figures import KLS, RESULTS, ROOT, path_value, stored
 # samples); offline 5,120 labelled pairs, once. Evaluated five times and before, on the first 256 held-out prompts.
 ONLINE = {"num_updates": 20, "eval_every": 4, "save_every": 0}
 ONLINE |= {"num_responses": 2, "prompts_per_update": 64, "minibatch_size": 16}
-OFFLINE = {"num_updates": 320, "minibatch_size": 16, "eval_every": 64, "save_every": 0, "lr_schedule": "constant"}
+OFFLINE = {
+    "num_updates": 320,
+    "minibatch_size": 16,
+    "eval_every": 64,
+    "save_every": 0,
+    "lr_schedule": "constant",
+}
 SCRIPTS = {"p3o_v1": ONLINE, "p3o_v2": ONLINE, "ppo": ONLINE, "online_dpo": ONLINE}
 SCRIPTS |= {"dpo": OFFLINE, "ipo": OFFLINE, "mpo": OFFLINE}
-LEARNING_RATES, BETAS = (1e-4, 2e-4, 4e-4), (0.05, 0.2, 0.8)  # the grid; ipo.py's τ takes the place of β
+LEARNING_RATES, BETAS = (
+    (1e-4, 2e-4, 4e-4),
+    (0.05, 0.2, 0.8),
+)  # the grid; ipo.py's τ takes the place of β
 SEEDS = (2, 3, 4, 5, 6)
 LONG = {"num_updates": 60, "eval_every": 4}
 SIZES = {2: {}}  # of K responses, with as many samples an update and an optimizer step
-SIZES |= {k: {"num_responses": k, "prompts_per_update": 128 // k, "minibatch_size": 32 // k} for k in (4, 8)}
-KEPT = ("kl", "kl_se", "kl_k1", "reward", "reward_se", "gold", "gold_se", "length", "eos_rate", "win_rate_vs_sft")
-METRICS = ("policy/pair_weight_mean", "policy/pair_weight_std", "policy/clipfrac", "policy/ratio_max", "grad_norm")
+SIZES |= {
+    k: {"num_responses": k, "prompts_per_update": 128 // k, "minibatch_size": 32 // k}
+    for k in (4, 8)
+}
+KEPT = (
+    "kl",
+    "kl_se",
+    "kl_k1",
+    "reward",
+    "reward_se",
+    "gold",
+    "gold_se",
+    "length",
+    "eos_rate",
+    "win_rate_vs_sft",
+)
+METRICS = (
+    "policy/pair_weight_mean",
+    "policy/pair_weight_std",
+    "policy/clipfrac",
+    "policy/ratio_max",
+    "grad_norm",
+)
 METRICS += ("objective/beta_raw", "rewards/accuracies", "time/update")
 
 
 def settings(script, learning_rate, beta, seed, **flags):
     """A run: the script and its flags, by name."""
     strength = {"tau" if script == "ipo" else "beta": beta}
-    return {"script": script, **SCRIPTS[script], "learning_rate": learning_rate, **strength, **flags, "seed": seed}
+    return {
+        "script": script,
+        **SCRIPTS[script],
+        "learning_rate": learning_rate,
+        **strength,
+        **flags,
+        "seed": seed,
+    }
 
 
 def best(script, count=1):
@@ -58,7 +94,9 @@ def best(script, count=1):
     at KL 1, 2 and 4."""
     runs = [run for run in stored("grid") if run["settings"]["script"] == script]
     if len(runs) < len(LEARNING_RATES) * len(BETAS):
-        raise SystemExit(f"study.py: this part needs the grid, which has {len(runs)} of its runs of {script}.py")
+        raise SystemExit(
+            f"study.py: this part needs the grid, which has {len(runs)} of its runs of {script}.py"
+        )
     runs.sort(key=lambda run: -sum(path_value(run["frontier"], kl) for kl in KLS))
     name = "tau" if script == "ipo" else "beta"
     return [(run["settings"]["learning_rate"], run["settings"][name]) for run in runs[:count]]
@@ -67,14 +105,18 @@ def best(script, count=1):
 # ------------------------------------------------------------------------------------------------------------ the parts
 def grid():
     """(a) to (c): learning rate and β of each algorithm, one seed."""
-    return [settings(script, *pair, 1) for script in SCRIPTS for pair in product(LEARNING_RATES, BETAS)]
+    return [
+        settings(script, *pair, 1) for script in SCRIPTS for pair in product(LEARNING_RATES, BETAS)
+    ]
 
 
 def seeds():
     """(a) to (c), (h): the best two settings of each, five fresh seeds, evaluated twice as often."""
     often = {script: {"eval_every": flags["eval_every"] // 2} for script, flags in SCRIPTS.items()}
     chosen = [(script, pair) for script in SCRIPTS for pair in best(script, 2)]
-    return [settings(script, *pair, seed, **often[script]) for seed in SEEDS for script, pair in chosen]
+    return [
+        settings(script, *pair, seed, **often[script]) for seed in SEEDS for script, pair in chosen
+    ]
 
 
 def translation():
@@ -90,14 +132,24 @@ def translation():
 def clipping():
     """(e): ε of the two ways to clip, at two learning rates."""
     runs = product(SEEDS[:2], (0.0, 0.1, 0.2, 0.5), (2e-4, 4e-4), ("p3o_v1", "p3o_v2"))
-    return [settings(script, lr, best("p3o_v2")[0][1], seed, clip_range=clip) for seed, clip, lr, script in runs]
+    return [
+        settings(script, lr, best("p3o_v2")[0][1], seed, clip_range=clip)
+        for seed, clip, lr, script in runs
+    ]
 
 
 def responses():
     """(f): K responses to a prompt, 126 to 128 samples an update and 30 to 32 an optimizer step whatever K."""
     sizes = {2: (64, 16), 3: (42, 14), 4: (32, 8), 8: (16, 4)}
     return [
-        settings("p3o_v2", *best("p3o_v2")[0], seed, num_responses=k, prompts_per_update=b, minibatch_size=m)
+        settings(
+            "p3o_v2",
+            *best("p3o_v2")[0],
+            seed,
+            num_responses=k,
+            prompts_per_update=b,
+            minibatch_size=m,
+        )
         for seed in SEEDS
         for k, (b, m) in sizes.items()
     ]
@@ -117,35 +169,64 @@ def search():
         ],
         "p3o_v1": [(1e-4, 0.2, 4)],
         "ppo": [(2e-4, 0.2, 2), (1e-4, 0.05, 2), (2e-4, 0.2, 4), (4e-4, 0.2, 2), (2e-4, 0.4, 2)],
-        "online_dpo": [(1e-4, 0.8, 2), (1e-4, 0.2, 2), (1e-4, 0.4, 2), (1e-4, 0.4, 4), (2e-4, 0.4, 2)],
+        "online_dpo": [
+            (1e-4, 0.8, 2),
+            (1e-4, 0.2, 2),
+            (1e-4, 0.4, 2),
+            (1e-4, 0.4, 4),
+            (2e-4, 0.4, 2),
+        ],
     }
-    runs = [settings(script, lr, beta, 1, **LONG, **SIZES[k]) for script in tried for lr, beta, k in tried[script]]
+    runs = [
+        settings(script, lr, beta, 1, **LONG, **SIZES[k])
+        for script in tried
+        for lr, beta, k in tried[script]
+    ]
     more = {"num_epochs": 2}, {"minibatch_size": 16}
-    return runs + [settings("p3o_v2", 2e-4, 0.2, 1, **{**LONG, **SIZES[4], **flags}) for flags in more]
+    return runs + [
+        settings("p3o_v2", 2e-4, 0.2, 1, **{**LONG, **SIZES[4], **flags}) for flags in more
+    ]
 
 
 def tails():
     """Where P3O-V2's path loses at KL 2: a larger step, a wider clip range or none, two seeds, until 36 updates."""
     flags = LONG | {"num_updates": 36, "clip_range": 0.2} | SIZES[4]
     changes = {}, {"learning_rate": 2e-4}, {"clip_range": 0.5}, {"clip_range": 0.0}
-    return [settings("p3o_v2", 1e-4, 0.2, seed, **flags) | change for seed in SEEDS[:2] for change in changes]
+    return [
+        settings("p3o_v2", 1e-4, 0.2, seed, **flags) | change
+        for seed in SEEDS[:2]
+        for change in changes
+    ]
 
 
 def budget():
     """At the default budget with four responses a prompt, the setting of each that was best there, five fresh seeds."""
     chosen = {"p3o_v2": (2e-4, 0.2), "ppo": (2e-4, 0.2), "online_dpo": (1e-4, 0.4)}
-    return [settings(script, *chosen[script], seed, **LONG, **SIZES[4]) for seed in range(4, 9) for script in chosen]
+    return [
+        settings(script, *chosen[script], seed, **LONG, **SIZES[4])
+        for seed in range(4, 9)
+        for script in chosen
+    ]
 
 
 def labels():
     """(g): four epochs of the same 1,600 pairs offline, labels of the gold reward, all right or 30 % flipped."""
     flags = {"num_updates": 400, "data_epochs": 4, "eval_every": 100}  # 100 updates an epoch
-    flags |= {"model": "tiny", "reward_model": "tiny/reward_model", "gold_fn": "tiny/gold.py:gold_reward"}
+    flags |= {
+        "model": "tiny",
+        "reward_model": "tiny/reward_model",
+        "gold_fn": "tiny/gold.py:gold_reward",
+    }
     return [
-        settings(script, *pair, seed, dataset=f"{study_data.FOLDER}/gold_flipped_{flipped}", **flags)
+        settings(
+            script, *pair, seed, dataset=f"{study_data.FOLDER}/gold_flipped_{flipped}", **flags
+        )
         for seed, script in product(SEEDS[:2], ("dpo", "ipo", "mpo"))
         for pair in (best(script)[0], (2e-4, 0.1))  # the second is a usual one
-        for flipped in (0, 30)  # last: runs side by side then have other data, and do not make the same store
+        for flipped in (
+            0,
+            30,
+        )  # last: runs side by side then have other data, and do not make the same store
     ]
 
 
@@ -153,7 +234,10 @@ def rewards():
     """(i): reward models of 10, 30 and 100 % of the pairs, and of all with 30 % of the labels flipped."""
     runs = product(SEEDS[:3], study_data.REWARD_MODELS, ("p3o_v2", "ppo", "online_dpo"))
     model = f"{study_data.FOLDER}/{{}}/model"
-    return [settings(script, *best(script)[0], seed, reward_model=model.format(name)) for seed, name, script in runs]
+    return [
+        settings(script, *best(script)[0], seed, reward_model=model.format(name))
+        for seed, name, script in runs
+    ]
 
 
 def scale():
@@ -161,7 +245,9 @@ def scale():
     small, large = (f"{study_data.FOLDER}/{name}/model" for name in study_data.POLICIES)
     flags = {"dataset": "tiny", "reward_model": "tiny/reward_model"}
     runs = product(SEEDS[:2], (small, "tiny/sft", large))
-    return [settings("p3o_v2", *best("p3o_v2")[0], seed, model=model, **flags) for seed, model in runs]
+    return [
+        settings("p3o_v2", *best("p3o_v2")[0], seed, model=model, **flags) for seed, model in runs
+    ]
 
 
 def limit(samples=2048):
@@ -170,21 +256,37 @@ def limit(samples=2048):
     flags = [f"--num-samples={samples}", f"--output-dir={folder}"]
     subprocess.run([sys.executable, "evaluate.py", "limit", *flags], cwd=ROOT, check=True)
     found = json.loads((folder / "limit.json").read_text())
-    kept = {key: short(found[key]) for key in ("num_samples", "num_prompts", "ref_reward", "ref_gold")}
+    kept = {
+        key: short(found[key]) for key in ("num_samples", "num_prompts", "ref_reward", "ref_gold")
+    }
     for name in ("curve", "best_of_n"):
         rows = [{key: short(value) for key, value in row.items()} for row in found[name]]
         kept[name] = [row for row in rows if 0.001 < row["kl"] < 8]
     write("limit", json.dumps(kept))
 
 
-PARTS = (grid, seeds, translation, clipping, responses, search, tails, budget, labels, rewards, scale)
+PARTS = (
+    grid,
+    seeds,
+    translation,
+    clipping,
+    responses,
+    search,
+    tails,
+    budget,
+    labels,
+    rewards,
+    scale,
+)
 PARTS = {part.__name__: part for part in PARTS}
 
 
 # ----------------------------------------------------------------------------------------------------------- the runner
 def run(flags, folder):
     """In a process of its own: the script with these flags, its output in folder.log."""
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if name != "script"]
+    arguments = [
+        f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if name != "script"
+    ]
     log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1), os.dup2(log, 2)
     os.chdir(ROOT)
@@ -203,7 +305,9 @@ def record(flags, folder, seconds):
         [json.loads(line) for line in (folder / file).read_text().splitlines()]
         for file in ("frontier.jsonl", "metrics.jsonl")
     )
-    points = [{key: short(point[key]) for key in ("step", *KEPT) if key in point} for point in frontier]
+    points = [
+        {key: short(point[key]) for key in ("step", *KEPT) if key in point} for point in frontier
+    ]
     steps = [point["step"] for point in frontier[1:]]
     values = [{key: short(row[key]) for key in ("step", *METRICS) if key in row} for row in metrics]
     values = [row for row in values if row["step"] in steps or row["step"] == 1]
@@ -246,10 +350,14 @@ def make(runs, workers):
         ended += 1
         print(f"made {folder.name} with {flags['script']}.py in {seconds:.0f} s", flush=True)
     if ended < wanted:
-        raise SystemExit(f"study.py: {wanted - ended} models were not made; the same command makes them again")
+        raise SystemExit(
+            f"study.py: {wanted - ended} models were not made; the same command makes them again"
+        )
     models = {str(flags.get(key)) for flags in runs for key in ("model", "reward_model")}
     if models := sorted(model for model in models if "/" in model):
-        known = {x: {key: short(value) for key, value in study_data.facts(x).items()} for x in models}
+        known = {
+            x: {key: short(value) for key, value in study_data.facts(x).items()} for x in models
+        }
         write("made", json.dumps(dict(stored("made") or {}) | known, indent=1))
 
 
@@ -278,18 +386,29 @@ def main(args):
         waiting = [flags for flags in PARTS[part]() if flags not in known]
         print(f"{part}: {len(waiting)} runs to make, {len(done)} stored", flush=True)
         make(waiting, args.workers)
-        jobs = [(flags, (ROOT / args.folder / f"{part}_{i}").absolute()) for i, flags in enumerate(waiting)]
+        jobs = [
+            (flags, (ROOT / args.folder / f"{part}_{i}").absolute())
+            for i, flags in enumerate(waiting)
+        ]
         wanted = len(done) + len(jobs)
         for flags, folder, seconds in each_ended(jobs, args.workers):
             done.append(record(flags, folder, seconds))
             rows = ",\n".join(json.dumps(run) for run in done)
             write(part, f"[\n{rows}\n]")
             end = done[-1]["frontier"][-1]
-            print(f"{len(done):4} {flags['script']:10} {done[-1]['seconds']:5.0f} s  KL {end['kl']:6.2f}", end="")
-            print(f"  reward {end['reward']:5.2f}  gold {end['gold']:5.2f}  {len(jobs)} wait", flush=True)
+            print(
+                f"{len(done):4} {flags['script']:10} {done[-1]['seconds']:5.0f} s  KL {end['kl']:6.2f}",
+                end="",
+            )
+            print(
+                f"  reward {end['reward']:5.2f}  gold {end['gold']:5.2f}  {len(jobs)} wait",
+                flush=True,
+            )
             shutil.rmtree(folder)
         if failed := wanted - len(done):
-            raise SystemExit(f"study.py: {failed} runs of {part} failed; the same command makes them again")
+            raise SystemExit(
+                f"study.py: {failed} runs of {part} failed; the same command makes them again"
+            )
 
 
 if __name__ == "__main__":

@@ -25,30 +25,45 @@ PAIRS = {  # how many of tiny's training pairs, the first; whether the gold rewa
     "pairs_12000": (12000, False, 0),
     "pairs_12000_flipped_30": (12000, False, 30),
 }
-SIZES = {"init_100k": (48, 2, 2), "init_1200k": (144, 4, 6)}  # hidden size, layers, heads; tiny: 96, 4, 4
+SIZES = {
+    "init_100k": (48, 2, 2),
+    "init_1200k": (144, 4, 6),
+}  # hidden size, layers, heads; tiny: 96, 4, 4
 REWARD_MODELS = {f"reward_{name}": name for name in PAIRS if name.startswith("pairs")}
 POLICIES = {name.replace("init", "policy"): name for name in SIZES}
 
 
 def trainings():
     """The flags of the runs that make the models: defaults on tiny, which sft.py does not take for a folder's model."""
-    found = {x: {"script": "reward_model", "dataset": f"{FOLDER}/{y}", "seed": 1} for x, y in REWARD_MODELS.items()}
+    found = {
+        x: {"script": "reward_model", "dataset": f"{FOLDER}/{y}", "seed": 1}
+        for x, y in REWARD_MODELS.items()
+    }
     as_tiny = {"dataset": "tiny", "data_epochs": 3, "learning_rate": 3e-3, "seed": 1}
-    return found | {x: {"script": "sft", "model": f"{FOLDER}/{y}", **as_tiny} for x, y in POLICIES.items()}
+    return found | {
+        x: {"script": "sft", "model": f"{FOLDER}/{y}", **as_tiny} for x, y in POLICIES.items()
+    }
 
 
 def needed(runs):
     """Names in FOLDER that the flags of these runs have."""
     values = (str(value) for flags in runs for value in flags.values())
-    return {Path(value).relative_to(FOLDER).parts[0] for value in values if value.startswith(f"{FOLDER}/")}
+    return {
+        Path(value).relative_to(FOLDER).parts[0]
+        for value in values
+        if value.startswith(f"{FOLDER}/")
+    }
 
 
 def write_pairs(folder, count, by_gold, flipped):
     """train.jsonl with these labels; test.jsonl is tiny's."""
-    rows = [json.loads(line) for line in open(ROOT / "tiny/data/train.jsonl", encoding="utf-8")][:count]
+    rows = [json.loads(line) for line in open(ROOT / "tiny/data/train.jsonl", encoding="utf-8")][
+        :count
+    ]
     for row in rows if by_gold else ():
         row["chosen"], row["rejected"] = sorted(
-            (row["chosen"], row["rejected"]), key=lambda y, x=row["prompt"]: -gold.gold_reward([x], [y])[0]
+            (row["chosen"], row["rejected"]),
+            key=lambda y, x=row["prompt"]: -gold.gold_reward([x], [y])[0],
         )
     for row in random.Random(1).sample(rows, count * flipped // 100):
         row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
@@ -69,7 +84,9 @@ def write_init(folder, hidden, layers, heads):
 def prepare(runs):
     """Writes the data that these runs need; returns {folder: flags} of the trainings that they wait for."""
     flags, names, root = trainings(), needed(runs), ROOT / FOLDER
-    waiting = {root / x: flags[x] for x in flags if x in names and not (root / x / "model").is_dir()}
+    waiting = {
+        root / x: flags[x] for x in flags if x in names and not (root / x / "model").is_dir()
+    }
     for name in sorted(names | needed(waiting.values())):
         if name not in flags and not (root / name).is_dir():
             part = root / f"{name}.part"
@@ -82,7 +99,9 @@ def prepare(runs):
 
 def facts(model):
     """What is known of a model: its size, the pairs it learned from, its last evaluation on held-out data."""
-    sizes = {"parameters": sum(x.size for x in load_file(ROOT / model / "model.safetensors").values())}
+    sizes = {
+        "parameters": sum(x.size for x in load_file(ROOT / model / "model.safetensors").values())
+    }
     run, file = Path(model).parent.name, ROOT / Path(model).parent / "evaluations.jsonl"
     if run in REWARD_MODELS:
         sizes |= dict(zip(("pairs", "by_gold", "flipped"), PAIRS[REWARD_MODELS[run]]))

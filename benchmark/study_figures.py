@@ -19,7 +19,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, FIGURES, PAGE = ROOT / "benchmark" / "results", ROOT / "docs" / "figures", ROOT / "docs" / "results.md"
+RESULTS, FIGURES, PAGE = (
+    ROOT / "benchmark" / "results",
+    ROOT / "docs" / "figures",
+    ROOT / "docs" / "results.md",
+)
 KLS = (1.0, 2.0, 4.0)
 STUDENT = {
     2: 12.706,
@@ -30,7 +34,9 @@ STUDENT = {
 }  # of n values: Student's t at 97.5 %
 NAMES = {"p3o_v1": "P3O-V1", "p3o_v2": "P3O-V2", "ppo": "PPO", "online_dpo": "online DPO"}
 NAMES |= {"dpo": "DPO", "ipo": "IPO", "mpo": "MPO"}
-COLOURS = dict(zip(NAMES, ("#e07b00", "#c1121f", "#1b6ca8", "#2a9d5c", "#7b4fa3", "#8a5a3c", "#6c757d")))
+COLOURS = dict(
+    zip(NAMES, ("#e07b00", "#c1121f", "#1b6ca8", "#2a9d5c", "#7b4fa3", "#8a5a3c", "#6c757d"))
+)
 
 
 def stored(part):
@@ -94,7 +100,11 @@ def limit_gain(kl, key="reward"):
 def interval(values):
     """Mean and the half-width of its 95 % interval over seeds."""
     values = list(values)
-    half = STUDENT[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    half = (
+        STUDENT[len(values)] * stdev(values) / len(values) ** 0.5
+        if len(values) > 1
+        else float("nan")
+    )
     return mean(values), half
 
 
@@ -123,8 +133,12 @@ def mean_path(runs, *keys):
 
 def best_setting(script, runs):
     """Of a script's settings that were run over seeds the one whose mean share over the three KLs is highest."""
-    of_script = groups([run for run in runs if setting(run, "script") == script], "learning_rate", "beta")
-    return max(of_script.items(), key=lambda item: mean(share(run, kl) for run in item[1] for kl in KLS))
+    of_script = groups(
+        [run for run in runs if setting(run, "script") == script], "learning_rate", "beta"
+    )
+    return max(
+        of_script.items(), key=lambda item: mean(share(run, kl) for run in item[1] for kl in KLS)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -135,25 +149,57 @@ def frontier_figure(key="reward", file="frontier.png", title=BEST, part="seeds")
     runs, limit = stored(part), stored("limit")
     figure, axes = plt.subplots(figsize=(8.4, 5.4))
     curve, start = limit_curve(), limit[f"ref_{key}"]
-    axes.plot([0, *(r["kl"] for r in curve)], [start, *(r[key] for r in curve)], color="black", lw=2)
-    note = "the limit: no policy has more" if key == "reward" else "the policy that is the limit of the learned reward"
+    axes.plot(
+        [0, *(r["kl"] for r in curve)], [start, *(r[key] for r in curve)], color="black", lw=2
+    )
+    note = (
+        "the limit: no policy has more"
+        if key == "reward"
+        else "the policy that is the limit of the learned reward"
+    )
     at = min(curve, key=lambda row: abs(row["kl"] - 2.6))
     axes.text(2.5, at[key] + 0.25, note, fontsize=10, ha="right")
     best_of = [row for row in limit["best_of_n"] if row["kl"] <= 5.6]
-    axes.plot([r["kl"] for r in best_of], [r[key] for r in best_of], ":", color="black", lw=1.2, label="best of n")
-    for script in [script for script in NAMES if any(setting(run, "script") == script for run in runs)]:
+    axes.plot(
+        [r["kl"] for r in best_of],
+        [r[key] for r in best_of],
+        ":",
+        color="black",
+        lw=1.2,
+        label="best of n",
+    )
+    for script in [
+        script for script in NAMES if any(setting(run, "script") == script for run in runs)
+    ]:
         (lr, beta), found = best_setting(script, runs)
         path = mean_path(found, "kl", key)
         label = f"{NAMES[script]}  (lr {lr:g}, {'τ' if script == 'ipo' else 'β'} {beta:g})"
-        style = {"color": COLOURS[script], "marker": "o" if script in ("p3o_v1", "p3o_v2") else "s", "ms": 4}
+        style = {
+            "color": COLOURS[script],
+            "marker": "o" if script in ("p3o_v1", "p3o_v2") else "s",
+            "ms": 4,
+        }
         style["ls"] = "-" if script in ("p3o_v1", "p3o_v2", "ppo", "online_dpo") else "--"
-        axes.errorbar(path["kl"], path[key], path[f"{key}_se"], label=label, elinewidth=0.9, **style)
-        axes.errorbar(path["kl"], path[key], None, path["kl_se"], fmt="none", color=COLOURS[script], alpha=0.25)
+        axes.errorbar(
+            path["kl"], path[key], path[f"{key}_se"], label=label, elinewidth=0.9, **style
+        )
+        axes.errorbar(
+            path["kl"],
+            path[key],
+            None,
+            path["kl_se"],
+            fmt="none",
+            color=COLOURS[script],
+            alpha=0.25,
+        )
     axes.set_xlim(0, 5.6)
     axes.set_xlabel("KL from the SFT policy, nats a response")
-    axes.set_ylabel("reward of held-out prompts' responses" if key == "reward" else "true (gold) reward")
+    axes.set_ylabel(
+        "reward of held-out prompts' responses" if key == "reward" else "true (gold) reward"
+    )
     axes.set_title(
-        f"{title}\nmeans of {len(found)} seeds with 95 % intervals, same budget, embedded world", fontsize=11
+        f"{title}\nmeans of {len(found)} seeds with 95 % intervals, same budget, embedded world",
+        fontsize=11,
     )
     axes.legend(loc="lower right", frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -169,13 +215,21 @@ def gold_figure():
         for run in [run for run in runs if setting(run, "script") == script]:
             points = run["frontier"]
             for key, colour in (("reward", "#999999"), ("gold", COLOURS[script])):
-                axis.plot([p["kl"] for p in points], [p[key] for p in points], color=colour, lw=0.8, alpha=0.6)
+                axis.plot(
+                    [p["kl"] for p in points],
+                    [p[key] for p in points],
+                    color=colour,
+                    lw=0.8,
+                    alpha=0.6,
+                )
         axis.set_title(NAMES[script], fontsize=10)
         axis.set_xlim(0, 12)
         axis.spines[["top", "right"]].set_visible(False)
     axes.flat[-1].axis("off")
     axes.flat[-1].text(
-        0, 0.5, "coloured: true (gold) reward\ngrey: learned reward\none line a run: the whole grid\nand all seeds"
+        0,
+        0.5,
+        "coloured: true (gold) reward\ngrey: learned reward\none line a run: the whole grid\nand all seeds",
     )
     figure.supxlabel("KL from the SFT policy, nats a response", fontsize=10)
     figure.tight_layout()
@@ -194,7 +248,9 @@ def finish(figure, file):
 def labels_figure():
     """Gold and KL over epochs; the lines are means over seeds."""
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharex=True, sharey="row")
-    for (script, lr, beta), runs in groups(stored("labels"), "script", "learning_rate", "beta").items():
+    for (script, lr, beta), runs in groups(
+        stored("labels"), "script", "learning_rate", "beta"
+    ).items():
         column = axes[:, ("dpo", "ipo", "mpo").index(script)]
         style = {"ls": "--" if column[0].lines else "-", "marker": "o", "ms": 3}
         for (dataset,), found in groups(runs, "dataset").items():
@@ -216,12 +272,25 @@ def rewards_figure():
     """Gold over KL with each reward model; the lines are means over seeds, the bars 95 % intervals."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), sharex=True, sharey=True)
     models, found = reward_models(), groups(stored("rewards"), "reward_model", "script")
-    for (model, script), runs in sorted(found.items(), key=lambda item: [*models].index(item[0][0])):
+    for (model, script), runs in sorted(
+        found.items(), key=lambda item: [*models].index(item[0][0])
+    ):
         path, known = mean_path(runs, "kl", "gold"), models[model]
-        colour = "#c1121f" if known["flipped"] else plt.cm.Blues(0.35 + 0.2 * [*models].index(model))
+        colour = (
+            "#c1121f" if known["flipped"] else plt.cm.Blues(0.35 + 0.2 * [*models].index(model))
+        )
         axis = axes[("p3o_v2", "ppo", "online_dpo").index(script)]
         label = f"{learned_from(known)}: {100 * known['rm/eval_accuracy']:.1f} % right"
-        axis.errorbar(path["kl"], path["gold"], path["gold_se"], label=label, color=colour, marker="o", ms=3, lw=1.5)
+        axis.errorbar(
+            path["kl"],
+            path["gold"],
+            path["gold_se"],
+            label=label,
+            color=colour,
+            marker="o",
+            ms=3,
+            lw=1.5,
+        )
         axis.set_title(NAMES[script], fontsize=10)
         axis.set_xlabel("KL from the SFT policy, nats")
     axes[0].set_ylabel("true (gold) reward")
@@ -232,7 +301,9 @@ def rewards_figure():
 # --------------------------------------------------------------------------------------------------------------- tables
 def shares_table():
     rows = []
-    for (script, lr, beta), runs in groups(stored("seeds"), "script", "learning_rate", "beta").items():
+    for (script, lr, beta), runs in groups(
+        stored("seeds"), "script", "learning_rate", "beta"
+    ).items():
         end = [run["frontier"][-1] for run in runs]
         row = [NAMES[script], f"{lr:g}", f"{beta:g}"]
         for kl in KLS:
@@ -240,7 +311,12 @@ def shares_table():
             mark = "" if reached == len(runs) else f" ({reached} of {len(runs)} get there)"
             row.append(cell((share(run, kl) for run in runs), 0, 100) + mark)
         rows.append([*row, *(cell(p[key] for p in end) for key in ("kl", "reward", "gold"))])
-    head = ["algorithm", "lr", "β (IPO: τ)", *(f"% of the limit's gain at KL ≤ {kl:g}" for kl in KLS)]
+    head = [
+        "algorithm",
+        "lr",
+        "β (IPO: τ)",
+        *(f"% of the limit's gain at KL ≤ {kl:g}" for kl in KLS),
+    ]
     return table([*head, "KL at the end", "reward", "gold"], rows)
 
 
@@ -249,10 +325,19 @@ def grid_table():
     columns = sorted({key[1:] for key in cells})
     rows = []
     for script in NAMES:
-        values = {c: mean(share(cells[(script, *c)][0], kl) for kl in KLS) for c in columns if (script, *c) in cells}
+        values = {
+            c: mean(share(cells[(script, *c)][0], kl) for kl in KLS)
+            for c in columns
+            if (script, *c) in cells
+        }
         best = sorted(values.values())[-2:]
         texts = [f"{100 * values[c]:.0f}" if c in values else "" for c in columns]
-        rows.append([NAMES[script], *(f"**{t}**" if values.get(c) in best else t for c, t in zip(columns, texts))])
+        rows.append(
+            [
+                NAMES[script],
+                *(f"**{t}**" if values.get(c) in best else t for c, t in zip(columns, texts)),
+            ]
+        )
     return table(["algorithm", *(f"{lr:g}, {beta:g}" for lr, beta in columns)], rows)
 
 
@@ -262,13 +347,32 @@ def limit_table():
     for kl in (0.5, 1, 2, 3, 4):
         near = min(curve, key=lambda row: abs(row["kl"] - kl))
         values = (limit[f"ref_{key}"] + limit_gain(kl, key) for key in ("reward", "gold"))
-        rows.append([f"{kl:g}", *(f"{x:.2f}" for x in values), f"{near['ess']:.0f}", f"{near['more_than_half']:.3f}"])
+        rows.append(
+            [
+                f"{kl:g}",
+                *(f"{x:.2f}" for x in values),
+                f"{near['ess']:.0f}",
+                f"{near['more_than_half']:.3f}",
+            ]
+        )
     for row in limit["best_of_n"]:
         if row["n"] in (4, 16, 64, 256):
             rows.append(
-                [f"best of {row['n']}, ≤ {row['kl']:.2f}", f"{row['reward']:.2f}", f"{row['gold']:.2f}", "", ""]
+                [
+                    f"best of {row['n']}, ≤ {row['kl']:.2f}",
+                    f"{row['reward']:.2f}",
+                    f"{row['gold']:.2f}",
+                    "",
+                    "",
+                ]
             )
-    head = ["KL", "reward", "gold of the same policy", "effective samples a prompt", "more than with half of them"]
+    head = [
+        "KL",
+        "reward",
+        "gold of the same policy",
+        "effective samples a prompt",
+        "more than with half of them",
+    ]
     return table(head, rows)
 
 
@@ -284,9 +388,22 @@ def gold_table():
             end = run["frontier"][-1]
             if end["gold"] < peak["gold"] - 2 * (end["gold_se"] ** 2 + peak["gold_se"] ** 2) ** 0.5:
                 falls.append(peak["kl"])
-        start = f"{mean(falls):.1f} ({min(falls):.1f} to {max(falls):.1f})" if falls else "none fell"
-        rows.append([NAMES[script], len(runs), f"{top['gold']:.2f} at {top['kl']:.1f}", len(falls), start])
-    return table(["algorithm", "runs", "highest gold, at KL", "runs whose gold falls", "KL where it begins to"], rows)
+        start = (
+            f"{mean(falls):.1f} ({min(falls):.1f} to {max(falls):.1f})" if falls else "none fell"
+        )
+        rows.append(
+            [NAMES[script], len(runs), f"{top['gold']:.2f} at {top['kl']:.1f}", len(falls), start]
+        )
+    return table(
+        [
+            "algorithm",
+            "runs",
+            "highest gold, at KL",
+            "runs whose gold falls",
+            "KL where it begins to",
+        ],
+        rows,
+    )
 
 
 def translation_table():
@@ -299,17 +416,33 @@ def translation_table():
         for s in found:
             ends = [(run["frontier"][0], run["frontier"][-1]) for run in found[s]]
             gains = cell(end["reward"] - start["reward"] for start, end in ends)
-            rows.append([NAMES[script], s, gains, *(cell(end[key] for _, end in ends) for key in ("gold", "kl"))])
-    rows = sorted({tuple(row) for row in rows}, key=lambda row: ([*NAMES.values()].index(row[0]), row[1]))
+            rows.append(
+                [
+                    NAMES[script],
+                    s,
+                    gains,
+                    *(cell(end[key] for _, end in ends) for key in ("gold", "kl")),
+                ]
+            )
+    rows = sorted(
+        {tuple(row) for row in rows}, key=lambda row: ([*NAMES.values()].index(row[0]), row[1])
+    )
     return table(["algorithm", "s", "gain in reward", "gold", "KL"], rows)
 
 
 def clipping_table():
     rows = []
-    for (script, lr, clip), runs in groups(stored("clipping"), "script", "learning_rate", "clip_range").items():
+    for (script, lr, clip), runs in groups(
+        stored("clipping"), "script", "learning_rate", "clip_range"
+    ).items():
         ends = [run["frontier"][-1] for run in runs]
         clipped = [run["metrics"][-1]["policy/clipfrac"] for run in runs]
-        row = [NAMES[script], f"{lr:g}", f"{clip:g}", *(cell((share(r, kl) for r in runs), 0, 100) for kl in KLS)]
+        row = [
+            NAMES[script],
+            f"{lr:g}",
+            f"{clip:g}",
+            *(cell((share(r, kl) for r in runs), 0, 100) for kl in KLS),
+        ]
         row += [cell(p[key] for p in ends) for key in ("kl", "reward", "gold")]
         rows.append([*row, f"{100 * mean(clipped):.0f}"])
     head = ["algorithm", "lr", "ε", *(f"% of the limit's gain at KL ≤ {kl:g}" for kl in KLS)]
@@ -334,20 +467,38 @@ def end_share(run):
 
 def tails_table():
     rows = []
-    for (lr, clip, seed), (run,) in groups(stored("tails"), "learning_rate", "clip_range", "seed").items():
+    for (lr, clip, seed), (run,) in groups(
+        stored("tails"), "learning_rate", "clip_range", "seed"
+    ).items():
         worst = max(run["frontier"], key=lambda p: p["kl_se"])
         row = [f"{lr:g}", f"{clip:g}", seed, *(f"{100 * share(run, kl):.0f}" for kl in KLS[:2])]
-        rows.append([*row, f"{worst['kl']:.2f} ± {worst['kl_se']:.2f}", f"{256 * (1 - worst['eos_rate']):.0f}"])
+        rows.append(
+            [
+                *row,
+                f"{worst['kl']:.2f} ± {worst['kl_se']:.2f}",
+                f"{256 * (1 - worst['eos_rate']):.0f}",
+            ]
+        )
     head = ["lr", "ε", "seed", *(f"% of the limit's gain at KL ≤ {kl:g}" for kl in KLS[:2])]
     return table([*head, "the KL of the widest standard error", "responses of 256 cut there"], rows)
 
 
 def budget_table():
     rows = []
-    for (script, lr, beta), runs in groups(stored("budget"), "script", "learning_rate", "beta").items():
+    for (script, lr, beta), runs in groups(
+        stored("budget"), "script", "learning_rate", "beta"
+    ).items():
         ends = [run["frontier"][-1] for run in runs]
-        row = [NAMES[script], f"{lr:g}", f"{beta:g}", *(cell((share(run, kl) for run in runs), 0, 100) for kl in KLS)]
-        row += [cell((end_share(run) for run in runs), 0, 100), *(cell(p[key] for p in ends) for key in ("kl", "gold"))]
+        row = [
+            NAMES[script],
+            f"{lr:g}",
+            f"{beta:g}",
+            *(cell((share(run, kl) for run in runs), 0, 100) for kl in KLS),
+        ]
+        row += [
+            cell((end_share(run) for run in runs), 0, 100),
+            *(cell(p[key] for p in ends) for key in ("kl", "gold")),
+        ]
         rows.append(row)
     head = ["algorithm", "lr", "β", *(f"% of the limit's gain at KL ≤ {kl:g}" for kl in KLS)]
     return table([*head, "at the KL where it ends", "this KL", "gold there"], rows)
@@ -361,7 +512,9 @@ def search_table():
         more = "twice the minibatch" if flags.get("minibatch_size", 32 // k) != 32 // k else ""
         more = "2 epochs" if "num_epochs" in flags else more
         row = [NAMES[flags["script"]], k, f"{flags['learning_rate']:g}", f"{flags['beta']:g}", more]
-        rows.append([*row, *(f"{100 * x:.0f}" for x in (*(share(run, kl) for kl in KLS), end_share(run)))])
+        rows.append(
+            [*row, *(f"{100 * x:.0f}" for x in (*(share(run, kl) for kl in KLS), end_share(run)))]
+        )
         rows[-1].append(f"{end['kl']:.2f}")
     head = ["algorithm", "K", "lr", "β", "other", *(f"% at KL ≤ {kl:g}" for kl in KLS)]
     return table([*head, "at the KL where it ends", "this KL"], rows)
@@ -377,12 +530,29 @@ def labels_table():
     for (script, lr, beta, dataset), runs in groups(
         stored("labels"), "script", "learning_rate", "beta", "dataset"
     ).items():
-        row = [NAMES[script], f"{lr:g}", f"{beta:g}", f"{flipped(dataset)} % flipped" if flipped(dataset) else "right"]
+        row = [
+            NAMES[script],
+            f"{lr:g}",
+            f"{beta:g}",
+            f"{flipped(dataset)} % flipped" if flipped(dataset) else "right",
+        ]
         for step in (100, 200, 400):
             points = [p for run in runs for p in run["frontier"] if p["step"] == step]
-            row.append(" / ".join(f"{mean(p[key] for p in points):.2f}" for key in ("reward", "gold", "kl")))
+            row.append(
+                " / ".join(
+                    f"{mean(p[key] for p in points):.2f}" for key in ("reward", "gold", "kl")
+                )
+            )
         rows.append(row)
-    head = ["algorithm", "lr", "β (IPO: τ)", "labels", "reward / gold / KL after 1 epoch", "2 epochs", "4 epochs"]
+    head = [
+        "algorithm",
+        "lr",
+        "β (IPO: τ)",
+        "labels",
+        "reward / gold / KL after 1 epoch",
+        "2 epochs",
+        "4 epochs",
+    ]
     return "![Gold and KL over epochs](figures/labels.png)\n\n" + table(head, rows)
 
 
@@ -394,7 +564,9 @@ def reward_models():
 
 
 def learned_from(known):
-    return f"{known['pairs']:,} pairs" + (f", {known['flipped']} % flipped" if known["flipped"] else "")
+    return f"{known['pairs']:,} pairs" + (
+        f", {known['flipped']} % flipped" if known["flipped"] else ""
+    )
 
 
 def rewards_table():
@@ -403,9 +575,19 @@ def rewards_table():
         for script in NAMES:
             if runs := found.get((model, script)):
                 values = (cell(last_value(run["frontier"], kl) for run in runs) for kl in KLS)
-                row = [learned_from(known), f"{100 * known['rm/eval_accuracy']:.1f} %", NAMES[script], *values]
+                row = [
+                    learned_from(known),
+                    f"{100 * known['rm/eval_accuracy']:.1f} %",
+                    NAMES[script],
+                    *values,
+                ]
                 rows.append([*row, cell(run["frontier"][-1]["kl"] for run in runs)])
-    head = ["reward model of", "held-out accuracy", "algorithm", *(f"gold at KL ≤ {kl:g}" for kl in KLS)]
+    head = [
+        "reward model of",
+        "held-out accuracy",
+        "algorithm",
+        *(f"gold at KL ≤ {kl:g}" for kl in KLS),
+    ]
     return "![Gold over KL](figures/rewards.png)\n\n" + table([*head, "KL at the end"], rows)
 
 
@@ -419,7 +601,13 @@ def scale_table():
         seconds = mean(row["time/update"] for run in runs for row in run["metrics"])
         for key, value in (("reward", path_value), ("gold", last_value)):
             start = mean(run["frontier"][0][key] for run in runs)
-            row = [f"{known['parameters'] / 1e6:.2f} M", loss, f"{seconds:.1f}", key, f"{start:.2f}"]
+            row = [
+                f"{known['parameters'] / 1e6:.2f} M",
+                loss,
+                f"{seconds:.1f}",
+                key,
+                f"{start:.2f}",
+            ]
             for kl in KLS:
                 reached = [value(run["frontier"], kl, key) for run in runs]
                 row.append(f"{cell(reached)} ({mean(reached) - start:+.2f})")
@@ -439,14 +627,24 @@ def weights_table():
                 cells.append(f"{mean(row[key] for row in found):.3f}" if key in found[0] else "")
         if any(cells):
             rows.append([NAMES[script], f"{lr:g}", f"{beta:g}", *cells])
-    head = ["algorithm", "lr", "β", "weight, first update", "its deviation", "weight, last update", "its deviation"]
+    head = [
+        "algorithm",
+        "lr",
+        "β",
+        "weight, first update",
+        "its deviation",
+        "weight, last update",
+        "its deviation",
+    ]
     return table(head, rows)
 
 
 def variance_table():
     rows = stored("variance")
     head = [f"{key} responses" if key[-1].isdigit() else key for key in rows[0]]
-    return table(head, [[f"{row.pop('s'):g}", *(f"{value:.2f}" for value in row.values())] for row in rows])
+    return table(
+        head, [[f"{row.pop('s'):g}", *(f"{value:.2f}" for value in row.values())] for row in rows]
+    )
 
 
 TABLES = {
@@ -487,9 +685,13 @@ if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
     PAGE.write_text(after)
     frontier_figure()
-    frontier_figure("gold", "frontier_gold.png", "The true reward of the same runs, which none of them saw")
+    frontier_figure(
+        "gold", "frontier_gold.png", "The true reward of the same runs, which none of them saw"
+    )
     if stored("budget"):
-        frontier_figure("reward", "budget.png", "Reward over KL at the scripts' own budget", "budget")
+        frontier_figure(
+            "reward", "budget.png", "Reward over KL at the scripts' own budget", "budget"
+        )
     gold_figure()
     for part, draw in (("labels", labels_figure), ("rewards", rewards_figure)):
         if stored(part):

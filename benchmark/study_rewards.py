@@ -18,10 +18,15 @@ def scores(prompts, responses):
     found = []
     for i in range(0, len(prompts), 64):
         texts = zip(prompts[i : i + 64], responses[i : i + 64])
-        rows = [tokenizer(x).input_ids + tokenizer(y).input_ids + [tokenizer.eos_token_id] for x, y in texts]
+        rows = [
+            tokenizer(x).input_ids + tokenizer(y).input_ids + [tokenizer.eos_token_id]
+            for x, y in texts
+        ]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [tokenizer.eos_token_id] * (longest - len(row)) for row in rows])
-        hidden = model.base_model(ids).last_hidden_state[torch.arange(len(rows)), torch.tensor([*map(len, rows)]) - 1]
+        hidden = model.base_model(ids).last_hidden_state[
+            torch.arange(len(rows)), torch.tensor([*map(len, rows)]) - 1
+        ]
         found += model.score(hidden).squeeze(-1).tolist()
     return found
 
@@ -29,7 +34,10 @@ def scores(prompts, responses):
 def shifted(prompts, responses, deviation):
     """δ(x) ~ N(0, deviation²), always the same for the same prompt."""
     seeds = (int.from_bytes(hashlib.sha256(x.encode()).digest()[:8], "big") for x in prompts)
-    return [r + deviation * random.Random(seed).gauss(0, 1) for seed, r in zip(seeds, scores(prompts, responses))]
+    return [
+        r + deviation * random.Random(seed).gauss(0, 1)
+        for seed, r in zip(seeds, scores(prompts, responses))
+    ]
 
 
 def shift_0(prompts, responses):

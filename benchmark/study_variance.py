@@ -47,11 +47,17 @@ def variances(probs, rewards):
 def main():
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    logits, rewards, shifts = 1.5 * draw(PROMPTS, RESPONSES), 2 * draw(PROMPTS, RESPONSES), draw(PROMPTS)
+    logits, rewards, shifts = (
+        1.5 * draw(PROMPTS, RESPONSES),
+        2 * draw(PROMPTS, RESPONSES),
+        draw(PROMPTS),
+    )
     rows = []
     for s in SHIFTS:
         found = [variances(p.softmax(0), r + s * d) for p, r, d in zip(logits, rewards, shifts)]
-        rows.append({"s": s, **{name: round(sum(f[name] for f in found) / PROMPTS, 4) for name in found[0]}})
+        rows.append(
+            {"s": s, **{name: round(sum(f[name] for f in found) / PROMPTS, 4) for name in found[0]}}
+        )
         print(rows[-1])
     file = Path(__file__).parent / "results" / "variance.json"
     file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")

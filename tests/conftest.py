@@ -88,7 +88,12 @@ class Script:
             atexit.register(Script.nursery.kill)
         path = script if str(script).endswith(".py") else ROOT / f"{script}.py"
         self.output = Path(Script.folder.name) / str(time.monotonic_ns())
-        job = {"argv": [str(path), *map(str, args)], "cwd": str(cwd), "env": env, "output": str(self.output)}
+        job = {
+            "argv": [str(path), *map(str, args)],
+            "cwd": str(cwd),
+            "env": env,
+            "output": str(self.output),
+        }
         Script.nursery.stdin.write(json.dumps(job) + "\n")
         Script.nursery.stdin.flush()
 
@@ -122,17 +127,37 @@ def sampled(model, prompts, noise, temperature, end_ids):
     """sample_responses with noise [B, K, T]: its responses, and their log-probabilities as one tensor padded with 0."""
     from p3o_v2 import sample_responses
 
-    responses, logprobs, _ = zip(*sample_responses(model, prompts, noise.flatten(0, 1), temperature, end_ids))
+    responses, logprobs, _ = zip(
+        *sample_responses(model, prompts, noise.flatten(0, 1), temperature, end_ids)
+    )
     return list(responses), torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True)
 
 
 V = 100  # vocabulary
-COMMON = {"vocab_size": V, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "num_labels": 1}
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+COMMON = {
+    "vocab_size": V,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "num_labels": 1,
+}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 LONGEST = {"max_position_embeddings": 64}
 NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "classifier_dropout": 0.0}
 WINDOW = 8  # of mistral: shorter than most rows of the tests
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+}
 SHAPES = {
     "gpt_neox": (
         GPTNeoXConfig(**COMMON, **SIZES, **LONGEST, **NO_DROPOUT),

@@ -52,7 +52,9 @@ def plain_distributions(model, prompt, response, temperature):
 
 
 def plain_logprobs(model, prompt, response, temperature):
-    return plain_distributions(model, prompt, response, temperature).gather(1, response[:, None])[:, 0]
+    return plain_distributions(model, prompt, response, temperature).gather(1, response[:, None])[
+        :, 0
+    ]
 
 
 def gradient_of(model, loss):
@@ -90,7 +92,9 @@ def test_logprobs_are_those_of_plain_forwards(policy, temperature):
         found = response_logprobs(policy, prompts, responses, temperature)
         expected = [plain_logprobs(policy, x, y, temperature) for x, y in zip(prompts, responses)]
     assert found.dtype == torch.float32 and found.shape == (len(prompts), max(RESPONSE_LENGTHS))
-    torch.testing.assert_close(found, pad_sequence(expected, batch_first=True), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, pad_sequence(expected, batch_first=True), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
@@ -98,9 +102,13 @@ def test_logprobs_do_not_depend_on_order_and_batching(policy, batch_size):
     prompts, responses = some_rows()
     order = random.Random(batch_size).sample(range(len(prompts)), len(prompts))
     function = partial(response_logprobs, policy, temperature=0.7)
-    found = in_batches(function, [prompts[i] for i in order], [responses[i] for i in order], batch_size)
+    found = in_batches(
+        function, [prompts[i] for i in order], [responses[i] for i in order], batch_size
+    )
     expected = [plain_logprobs(policy, prompts[i], responses[i], 0.7) for i in order]
-    torch.testing.assert_close(found, pad_sequence(expected, batch_first=True), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, pad_sequence(expected, batch_first=True), rtol=1e-5, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -121,7 +129,9 @@ def test_gradients_are_those_of_plain_forwards(policy, batch_size):
     weights = torch.randn(6, max(RESPONSE_LENGTHS), generator=torch.Generator().manual_seed(0))
     expected, found = 0.0, 0.0
     for x, y, weight in zip(prompts, responses, weights):
-        expected = expected + gradient_of(policy, (weight[: len(y)] * plain_logprobs(policy, x, y, 0.7)).sum())
+        expected = expected + gradient_of(
+            policy, (weight[: len(y)] * plain_logprobs(policy, x, y, 0.7)).sum()
+        )
     for i in range(0, len(prompts), batch_size):
         part = slice(i, i + batch_size)
         logprobs = response_logprobs(policy, prompts[part], responses[part], 0.7)
@@ -134,7 +144,9 @@ def shared_rows(K):
     """Prompts and K responses to each, of very different lengths. A text of prompt and response has at most 64 tokens,
     as many as learned positions allow, while a prompt with all its responses can be longer."""
     lengths = [7, 1, 3], [24, 2, 23], [60, 3, 59], [5, 12, 12], [1, 1, 1]
-    return some_ids([1, 40, 4, 9, 1], seed=1), some_ids([n for row in lengths for n in row[:K]], seed=2)
+    return some_ids([1, 40, 4, 9, 1], seed=1), some_ids(
+        [n for row in lengths for n in row[:K]], seed=2
+    )
 
 
 def each(prompts, K):
@@ -149,7 +161,10 @@ def test_responses_to_a_prompt_have_the_logprobs_and_gradients_of_plain_forwards
     found = response_logprobs(policy, prompts, responses, 0.7)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
-    assert_same_gradient(gradient_of(policy, (weights * found).sum()), gradient_of(policy, (weights * expected).sum()))
+    assert_same_gradient(
+        gradient_of(policy, (weights * found).sum()),
+        gradient_of(policy, (weights * expected).sum()),
+    )
 
 
 @pytest.mark.parametrize("K", [2, 3])
@@ -160,7 +175,9 @@ def test_responses_to_a_prompt_have_the_scores_and_gradients_of_plain_forwards(r
     found = response_scores(reward_network, prompts, responses)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     weights = torch.arange(len(found)) - 3.0
-    found, expected = (gradient_of(reward_network, (weights * scores).sum()) for scores in (found, expected))
+    found, expected = (
+        gradient_of(reward_network, (weights * scores).sum()) for scores in (found, expected)
+    )
     assert_same_gradient(found, expected)
 
 
@@ -169,18 +186,27 @@ def test_responses_to_a_prompt_may_come_in_any_batches_and_order(policy, batch_s
     """A batch of fewer than K rows is taken as one prompt."""
     prompts, responses = shared_rows(2)
     order = random.Random(batch_size).sample(range(len(prompts)), len(prompts))
-    prompts, responses = [prompts[b] for b in order], [responses[2 * b + k] for b in order for k in range(2)]
-    found = in_batches(partial(response_logprobs, policy, temperature=0.7), prompts, responses, batch_size)
+    prompts, responses = (
+        [prompts[b] for b in order],
+        [responses[2 * b + k] for b in order for k in range(2)],
+    )
+    found = in_batches(
+        partial(response_logprobs, policy, temperature=0.7), prompts, responses, batch_size
+    )
     with torch.no_grad():
         expected = [plain_logprobs(policy, x, y, 0.7) for x, y in zip(each(prompts, 2), responses)]
-    torch.testing.assert_close(found, pad_sequence(expected, batch_first=True), rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(
+        found, pad_sequence(expected, batch_first=True), rtol=1e-5, atol=5e-5
+    )
 
 
 @torch.no_grad()
 def test_a_prompt_is_read_once_for_its_responses(policy, shape):
     """But for models with a sliding window, which read it with each."""
     read, (prompts, responses) = [], shared_rows(3)
-    hook = policy.base_model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape))
+    hook = policy.base_model.register_forward_pre_hook(
+        lambda _, inputs: read.append(inputs[0].shape)
+    )
     response_logprobs(policy, prompts, responses, 1.0)
     hook.remove()
     assert read == [(15, 64) if shape == "mistral" else (5, 4 + 60 + 3 + 59)]
@@ -207,10 +233,14 @@ def test_the_logits_of_all_tokens_are_never_in_memory(shape):
     with Largest() as plain:
         rows = torch.stack([torch.cat(row) for row in zip(prompts, responses)])
         logits = model(rows).logits[:, 4:-1]
-        expected = (logits / 0.7).log_softmax(-1).gather(2, torch.stack(responses)[:, :, None]).squeeze(2)
+        expected = (
+            (logits / 0.7).log_softmax(-1).gather(2, torch.stack(responses)[:, :, None]).squeeze(2)
+        )
         expected_gradient = gradient_of(model, expected.square().sum())
     kept = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v.numel()) or v, lambda v: v)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda v: kept.append(v.numel()) or v, lambda v: v
+    )
     with Largest() as forward, hooks:
         found = response_logprobs(model, prompts, responses, 0.7)
     with Largest() as backward:
@@ -293,9 +323,13 @@ def test_a_response_does_not_depend_on_the_other_rows(policy):
     responses, recorded = sampled(policy, prompts, noise, 1.0, end_ids)
     for i, prompt in enumerate(prompts):
         for k in range(2):
-            (alone,), logprobs = sampled(policy, [prompt], noise[i : i + 1, k : k + 1], 1.0, end_ids)
+            (alone,), logprobs = sampled(
+                policy, [prompt], noise[i : i + 1, k : k + 1], 1.0, end_ids
+            )
             assert torch.equal(alone, responses[2 * i + k])
-            torch.testing.assert_close(logprobs[0], recorded[2 * i + k, : len(alone)], rtol=1e-5, atol=5e-5)
+            torch.testing.assert_close(
+                logprobs[0], recorded[2 * i + k, : len(alone)], rtol=1e-5, atol=5e-5
+            )
 
 
 def test_the_noise_of_a_row_decides_its_response_alone(policy):
@@ -303,7 +337,9 @@ def test_the_noise_of_a_row_decides_its_response_alone(policy):
     before, _ = sampled(policy, prompts, noise, 1.0, NEVER)
     noise[3, 1] = some_noise(8, seed=1)
     after, _ = sampled(policy, prompts, noise, 1.0, NEVER)
-    assert [i for i, (a, b) in enumerate(zip(before, after)) if not torch.equal(a, b)] == [3 * 2 + 1]
+    assert [i for i, (a, b) in enumerate(zip(before, after)) if not torch.equal(a, b)] == [
+        3 * 2 + 1
+    ]
 
 
 def assert_fits(counts, expected):
@@ -340,7 +376,9 @@ def test_a_million_draws_are_as_softmax_says():
     draws, generator = 1_000_000, torch.Generator().manual_seed(0)
     frequent = torch.randperm(2040, generator=generator)[:40]
     probabilities = torch.full((2040,), 1e-8, dtype=torch.float64)
-    probabilities[frequent] = (1 - 2e-5) * torch.randn(40, dtype=torch.float64, generator=generator).softmax(0)
+    probabilities[frequent] = (1 - 2e-5) * torch.randn(
+        40, dtype=torch.float64, generator=generator
+    ).softmax(0)
     model, counts = policy_with_first_token("llama", probabilities), 0
     for _ in range(draws // 1000):
         noise = torch.rand(1, 1000, 1, dtype=torch.float64, generator=generator)
@@ -348,7 +386,10 @@ def test_a_million_draws_are_as_softmax_says():
         counts = counts + torch.bincount(torch.cat(responses), minlength=2040)
     expected = draws * probabilities
     rare = torch.stack([draws - counts[frequent].sum(), draws - expected[frequent].sum()])
-    counts, expected = torch.cat([counts[frequent], rare[:1]]), torch.cat([expected[frequent], rare[1:]])
+    counts, expected = (
+        torch.cat([counts[frequent], rare[:1]]),
+        torch.cat([expected[frequent], rare[1:]]),
+    )
     assert expected.min() > 19.99 and expected[-1].item() == pytest.approx(20)
     assert_fits(counts, expected)
     assert_fits(
@@ -364,11 +405,17 @@ def test_a_rare_token_has_its_share_of_the_noise(shape, rare):
     steps = torch.arange(-5000, 5000, dtype=torch.float64) * 1e-10
     noise = 0.5 + steps if rare == 1 else 1 - (steps - steps[0]) - 1e-11
     model = policy_with_first_token(shape, probabilities)
-    responses, logprobs = sampled(model, some_ids([3]), noise.sort().values.view(1, -1, 1), 1.0, NEVER)
+    responses, logprobs = sampled(
+        model, some_ids([3]), noise.sort().values.view(1, -1, 1), 1.0, NEVER
+    )
     tokens = torch.cat(responses)
-    assert (tokens.diff() >= 0).all() and set(tokens.tolist()) == ({0, 1, 2} if rare == 1 else {1, 2})
+    assert (tokens.diff() >= 0).all() and set(tokens.tolist()) == (
+        {0, 1, 2} if rare == 1 else {1, 2}
+    )
     assert (tokens == rare).sum().item() == pytest.approx(100, abs=2)
-    torch.testing.assert_close(logprobs[tokens == rare].exp().mean().item(), 1e-8, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        logprobs[tokens == rare].exp().mean().item(), 1e-8, rtol=1e-4, atol=0
+    )
 
 
 def test_a_token_of_probability_0_is_never_sampled(shape):
@@ -386,10 +433,17 @@ def test_kl_is_the_exact_sum_over_the_vocabulary(policy, reference):
     """And beside it the log-ratio of the sampled tokens."""
     prompts, responses = some_rows()
     found = response_kl(policy, reference, prompts, responses, 0.7)
-    batched = in_batches(partial(response_kl, policy, reference, temperature=0.7), prompts, responses, 2)
+    batched = in_batches(
+        partial(response_kl, policy, reference, temperature=0.7), prompts, responses, 2
+    )
     for row, (x, y) in enumerate(zip(prompts, responses)):
-        logp, ref_logp = (plain_distributions(model, x, y, 0.7).double() for model in (policy, reference))
-        kl = sum(sum(math.exp(a) * (a - b) for a, b in zip(*pair)) for pair in zip(logp.tolist(), ref_logp.tolist()))
+        logp, ref_logp = (
+            plain_distributions(model, x, y, 0.7).double() for model in (policy, reference)
+        )
+        kl = sum(
+            sum(math.exp(a) * (a - b) for a, b in zip(*pair))
+            for pair in zip(logp.tolist(), ref_logp.tolist())
+        )
         logratio = (logp - ref_logp).gather(1, y[:, None]).sum().item()
         assert found[row].tolist() == pytest.approx([kl, logratio], rel=1e-5, abs=1e-4)
         assert batched[row].tolist() == pytest.approx([kl, logratio], rel=1e-5, abs=1e-4)
@@ -415,7 +469,9 @@ def test_kl_is_not_negative_for_nearly_equal_policies(shape, policy):
 def test_scores_are_the_reward_models_own(reward_network):
     """Its logits for each row alone and without padding, which transformers reads at the last token."""
     prompts, responses = some_rows()
-    expected = torch.stack([reward_network(torch.cat(row)[None]).logits[0, 0] for row in zip(prompts, responses)])
+    expected = torch.stack(
+        [reward_network(torch.cat(row)[None]).logits[0, 0] for row in zip(prompts, responses)]
+    )
     assert expected.std() > 0.1
     scores = response_scores(reward_network, prompts, responses)
     assert scores.dtype == torch.float32 and scores.shape == (len(prompts),)
@@ -431,13 +487,17 @@ def test_gradients_of_scores_are_the_reward_models_own(reward_network):
         for i, row in enumerate(zip(prompts, responses))
     )
     scores = response_scores(reward_network, prompts, responses)
-    assert_same_gradient(gradient_of(reward_network, (torch.arange(len(prompts)) * scores).sum()), expected)
+    assert_same_gradient(
+        gradient_of(reward_network, (torch.arange(len(prompts)) * scores).sum()), expected
+    )
 
 
 # --------------------------------------------------------------------------------------- losses of SFT and reward model
 def test_sft_loss_is_the_mean_over_response_tokens():
     lengths = torch.tensor([3, 1, 5])
-    logprobs = -5 * torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logprobs = -5 * torch.rand(
+        3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     mask = torch.arange(5) < lengths[:, None]
     total = sum(logprobs[row, t].item() for row, n in enumerate(lengths.tolist()) for t in range(n))
     for mask_type in (torch.bool, torch.long):
@@ -464,9 +524,13 @@ def test_bradley_terry_loss_is_the_mean_of_minus_log_sigmoid():
     rejected = torch.tensor([0.2, 1.0, 0.5, -1.0], dtype=torch.float64)
     loss, metrics = bradley_terry_loss(chosen, rejected)
     margins = (chosen - rejected).tolist()
-    assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins) / 4, rel=1e-12)
+    assert loss.item() == pytest.approx(
+        sum(math.log(1 + math.exp(-m)) for m in margins) / 4, rel=1e-12
+    )
     gradient = torch.autograd.grad(loss, chosen)[0]
-    assert gradient.tolist() == pytest.approx([-1 / (1 + math.exp(m)) / 4 for m in margins], rel=1e-12)
+    assert gradient.tolist() == pytest.approx(
+        [-1 / (1 + math.exp(m)) / 4 for m in margins], rel=1e-12
+    )
     assert metrics["rm/accuracy"].item() == (1 + 0 + 0.5 + 1) / 4  # a tie counts half
     assert metrics["rm/margin"].item() == pytest.approx(sum(margins) / 4)
     assert not any(value.requires_grad for value in metrics.values())
@@ -484,11 +548,17 @@ def tokenizer_of(kind):
     """A small one that writes a leading space as Pythia does, or as Llama does, whose decoding drops the first."""
     metaspace = kind == "metaspace"
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace() if metaspace else pre_tokenizers.ByteLevel(False)
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Metaspace() if metaspace else pre_tokenizers.ByteLevel(False)
+    )
     tokenizer.decoder = decoders.Metaspace() if metaspace else decoders.ByteLevel()
     alphabet = [] if metaspace else pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["Human: what colour is the sky? Assistant: the sky is blue, I think."], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(
+        ["Human: what colour is the sky? Assistant: the sky is blue, I think."], trainer
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
 
 
@@ -504,7 +574,9 @@ def test_a_reward_function_gets_the_texts(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(sys, "path", list(sys.path))
     tokenizer = tokenizer_of(kind)
     texts = ["what colour is the sky?", "Assistant:"], [" blue, I think", " the sky is blue"]
-    prompts, responses = ([torch.tensor(ids) for ids in tokenizer(part).input_ids] for part in texts)
+    prompts, responses = (
+        [torch.tensor(ids) for ids in tokenizer(part).input_ids] for part in texts
+    )
     responses[0] = torch.cat([responses[0], torch.tensor([tokenizer.eos_token_id])])
     score = text_reward(f"{tmp_path}/my_reward.py:lengths", "--reward-fn", tokenizer)
     rewards = score(prompts, responses)
@@ -527,9 +599,15 @@ def test_prompts_of_any_length_are_kept_and_dialogues_end_at_the_last_turn(tmp_p
     """Each once; of dialogues without a turn of the assistant there is no prompt."""
     tokenizer, kept = tokenizer_of("byte_level"), ["sky " * n + "is" for n in range(30)]
     assert any(len(x) == 11 for x in [*kept, "Hello world"])
-    turns = ["\n\nHuman: what?\n\nAssistant: the sky.\n\nHuman: is it?\n\nAssistant:", "\n\nHuman: blue?\n\nAssistant:"]
+    turns = [
+        "\n\nHuman: what?\n\nAssistant: the sky.\n\nHuman: is it?\n\nAssistant:",
+        "\n\nHuman: blue?\n\nAssistant:",
+    ]
     turns.append("\n\nHuman: green?\n\nAssistant:")
-    rows = {"prompt": [*kept, "Hello world", kept[0]], "chosen": [*(x + " blue" for x in turns), "nobody answers"]}
+    rows = {
+        "prompt": [*kept, "Hello world", kept[0]],
+        "chosen": [*(x + " blue" for x in turns), "nobody answers"],
+    }
     for column, expected in (("prompt", [*kept, "Hello world"]), ("chosen", turns)):
         file = tmp_path / f"{column}.jsonl"
         file.write_text("".join(json.dumps({column: x}) + "\n" for x in rows[column]))

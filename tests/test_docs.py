@@ -26,7 +26,18 @@ import memory  # noqa: E402
 from random_model import config_of  # noqa: E402
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TOOLS = ("accelerate", "torchrun", "hf", "transformers", "wandb", "pip", "tensorboard", "#SBATCH", "git", "make")
+TOOLS = (
+    "accelerate",
+    "torchrun",
+    "hf",
+    "transformers",
+    "wandb",
+    "pip",
+    "tensorboard",
+    "#SBATCH",
+    "git",
+    "make",
+)
 TINY = "--num-updates 1 --prompts-per-update 4 --minibatch-size 4 --num-epochs 1 --eval-prompts 4".split()
 TINY += "--max-response-tokens 8".split()
 each_doc = pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.name)
@@ -37,13 +48,18 @@ def flags_of(script):
     text = script.read_text()
     found = {f"--{name}" for name in re.findall(r'"--([a-z-]+)"', text)}
     for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef) and node.decorator_list:  # Args; of evaluate.py one for each subcommand
+        if (
+            isinstance(node, ast.ClassDef) and node.decorator_list
+        ):  # Args; of evaluate.py one for each subcommand
             fields = [part.target.id for part in node.body if isinstance(part, ast.AnnAssign)]
             found |= {f"--{field.replace('_', '-')}" for field in fields}
     return found
 
 
-FLAGS = {str(path.relative_to(ROOT)): flags_of(path) for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")]}
+FLAGS = {
+    str(path.relative_to(ROOT)): flags_of(path)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")]
+}
 FLAGS["tiny/make.py"] = flags_of(ROOT / "tiny/make.py")
 ANY = set().union(*FLAGS.values(), {"--help"})
 
@@ -81,8 +97,12 @@ def test_every_flag_exists_in_the_script_it_is_given_to(doc):
 
 def slugs(doc):
     """The anchors that GitHub gives a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", doc.read_text(), flags=re.M | re.S), re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", doc.read_text(), flags=re.M | re.S), re.M
+    )
+    return {
+        re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings
+    }
 
 
 @each_doc
@@ -91,7 +111,9 @@ def test_every_link_within_the_repository_leads_somewhere(doc):
     for link in re.findall(r"\]\(([^)\s]+)\)", doc.read_text()):
         path, _, anchor = link.partition("#")
         target = (doc.parent / path).resolve() if path else doc
-        if not re.match(r"https?:", link) and not (target.exists() and (not anchor or anchor in slugs(target))):
+        if not re.match(r"https?:", link) and not (
+            target.exists() and (not anchor or anchor in slugs(target))
+        ):
             broken.append(link)
     assert not broken
 
@@ -104,13 +126,19 @@ def patched(diff, folder):
     """A copy of p3o_v2.py with the change in it, in a folder that has tiny/ too."""
     (folder / "tiny").symlink_to(ROOT / "tiny")
     script = shutil.copy(ROOT / "p3o_v2.py", folder / "p3o_v2.py")
-    tool = ["patch", "-s", "p3o_v2.py", diff] if shutil.which("patch") else ["git", "apply", "-p0", diff]
+    tool = (
+        ["patch", "-s", "p3o_v2.py", diff]
+        if shutil.which("patch")
+        else ["git", "apply", "-p0", diff]
+    )
     subprocess.run(tool, cwd=folder, check=True)
     return Path(script).rename(folder / "mine.py")
 
 
 def test_the_readme_shows_the_examples_as_they_are():
-    shown = [code for language, code in fences((ROOT / "README.md").read_text()) if language == "diff"]
+    shown = [
+        code for language, code in fences((ROOT / "README.md").read_text()) if language == "diff"
+    ]
     assert sorted(shown) == sorted(diff.read_text() for diff in EXAMPLES) and len(shown) == 3
     assert all(len(text.splitlines()) < 30 for text in shown)
 
@@ -133,11 +161,16 @@ def test_the_example_of_new_data_reads_a_csv_file(tmp_path):
     )
     run(script, *TINY, "--dataset", "sums.csv", "--reward-fn", "right.py:right", cwd=tmp_path)
     (samples, *_) = (tmp_path / "runs/mine/sums.csv/tiny/samples.jsonl").read_text().splitlines()
-    assert json.loads(samples)["prompts"][0] == "\n\nHuman: How many are 0 and, well, one?\n\nAssistant:"
+    assert (
+        json.loads(samples)["prompts"][0]
+        == "\n\nHuman: How many are 0 and, well, one?\n\nAssistant:"
+    )
 
 
 def test_the_example_of_a_new_loss_begins_with_the_gradient_of_p3o(tmp_path):
-    spec = importlib.util.spec_from_file_location("mine", patched(ROOT / "docs/examples/loss.diff", tmp_path))
+    spec = importlib.util.spec_from_file_location(
+        "mine", patched(ROOT / "docs/examples/loss.diff", tmp_path)
+    )
     mine = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mine)
     import p3o_v2
@@ -155,18 +188,28 @@ def test_the_example_of_a_new_loss_begins_with_the_gradient_of_p3o(tmp_path):
 def test_a_script_alone_works_elsewhere(tmp_path):
     script = shutil.copy(ROOT / "p3o_v2.py", tmp_path / "p3o_v2.py")
     shutil.copytree(ROOT / "tiny/sft", tmp_path / "policy")
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}:"}) + "\n" for n in range(30)))
-    (tmp_path / "reward.py").write_text("def f(prompts, responses):\n    return [float(len(y)) for y in responses]\n")
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Say {n}:"}) + "\n" for n in range(30))
+    )
+    (tmp_path / "reward.py").write_text(
+        "def f(prompts, responses):\n    return [float(len(y)) for y in responses]\n"
+    )
     own = ["--model", "policy", "--dataset", "data.jsonl", "--reward-fn", "reward.py:f"]
     run(script, *TINY, *own, cwd=tmp_path)
     assert (tmp_path / "runs/p3o_v2/data/policy/model").is_dir()
     said = run(script, "--model", "tiny", cwd=tmp_path, code=2).strip()
-    assert said.startswith("p3o_v2.py: tiny/ lies beside the scripts") and len(said.splitlines()) == 1
+    assert (
+        said.startswith("p3o_v2.py: tiny/ lies beside the scripts") and len(said.splitlines()) == 1
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the recipes
 RECIPES = (ROOT / "docs/recipes.md").read_text()
-FILES = {code.split("\n")[0].split()[1]: code for language, code in fences(RECIPES) if re.match(r"# \w+\.py", code)}
+FILES = {
+    code.split("\n")[0].split()[1]: code
+    for language, code in fences(RECIPES)
+    if re.match(r"# \w+\.py", code)
+}
 
 
 def test_the_recipe_of_several_rewards_is_their_weighted_sum(tmp_path):
@@ -187,10 +230,20 @@ def test_the_recipe_of_talking_runs(tmp_path, monkeypatch, capsys):
 
 def test_the_recipe_of_csv_gives_rows_that_are_read_back(tmp_path):
     (command,) = (line for line in commands(RECIPES) if "csv.DictReader" in line)
-    (tmp_path / "data.csv").write_text('prompt,completion\n"Say ""a"", please",a\n2023-01-01,"b\nc"\n')
-    subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True, cwd=tmp_path, check=True)
+    (tmp_path / "data.csv").write_text(
+        'prompt,completion\n"Say ""a"", please",a\n2023-01-01,"b\nc"\n'
+    )
+    subprocess.run(
+        command.replace("python", shlex.quote(sys.executable), 1),
+        shell=True,
+        cwd=tmp_path,
+        check=True,
+    )
     rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
-    wanted = [{"prompt": 'Say "a", please', "completion": "a"}, {"prompt": "2023-01-01", "completion": "b\nc"}]
+    wanted = [
+        {"prompt": 'Say "a", please', "completion": "a"},
+        {"prompt": "2023-01-01", "completion": "b\nc"},
+    ]
     assert rows == wanted
 
 
@@ -204,7 +257,9 @@ def test_the_recipe_of_ending_a_stopped_run_saves_its_model(tmp_path):
     assert code == 130, said
     updates = re.search(r"stopped after (\d+) updates", said)[1]
     run("p3o_v2", *TINY, "--resume", "--num-updates", updates, cwd=tmp_path)
-    assert (folder / "model").is_dir() and len((folder / "metrics.jsonl").read_text().splitlines()) == int(updates)
+    assert (folder / "model").is_dir() and len(
+        (folder / "metrics.jsonl").read_text().splitlines()
+    ) == int(updates)
 
 
 # --------------------------------------------------------------------------------------------------------- the memory
@@ -216,20 +271,32 @@ def test_computed_bytes_of_what_is_trained_and_frozen_are_exact(dtype, unfrozen)
     folder = ROOT / "tiny/sft"
     args = SimpleNamespace(unfrozen_layers=unfrozen, dtype=dtype, gradient_checkpointing=False)
     policy, reference = (
-        p3o_v2.set_up_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), args, train)
+        p3o_v2.set_up_model(
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), args, train
+        )
         for train in (True, False)
     )
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-4, fused=True)
     policy(torch.tensor([[1, 2, 3]])).logits.sum().backward()
     optimizer.step()
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    own = [ref for ref, weight in zip(reference.parameters(), policy.parameters()) if weight.requires_grad]
+    own = [
+        ref
+        for ref, weight in zip(reference.parameters(), policy.parameters())
+        if weight.requires_grad
+    ]
     frozen = [weight for weight in policy.parameters() if not weight.requires_grad]
     moments = [value for state in optimizer.state.values() for value in state.values()]
-    parts = {"trained weights": trained, "gradients": [weight.grad for weight in trained], "AdamW": moments}
+    parts = {
+        "trained weights": trained,
+        "gradients": [weight.grad for weight in trained],
+        "AdamW": moments,
+    }
     parts |= {"reference": own} | ({"frozen weights of the policy": frozen} if unfrozen else {})
     real = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in parts.items()}
-    _, computed = memory.memory(memory.Args(dtype=dtype, unfrozen_layers=unfrozen), AutoConfig.from_pretrained(folder))
+    _, computed = memory.memory(
+        memory.Args(dtype=dtype, unfrozen_layers=unfrozen), AutoConfig.from_pretrained(folder)
+    )
     assert {name: computed[name] for name in real} == real
 
 
@@ -249,15 +316,23 @@ def test_computed_activations_are_those_that_torch_keeps(shape, dtype, checkpoin
         }
         model = build(shape, "policy", 1, **sizes, max_position_embeddings=256)
         p3o_v2.set_up_model(
-            model, SimpleNamespace(unfrozen_layers=0, dtype=dtype, gradient_checkpointing=checkpointing), True
+            model,
+            SimpleNamespace(unfrozen_layers=0, dtype=dtype, gradient_checkpointing=checkpointing),
+            True,
         )
         weights = {weight.numel() for weight in model.parameters() if weight.ndim == 2}
-        owned, kept, alive = {weight.untyped_storage().data_ptr() for weight in model.parameters()}, {}, []
+        owned, kept, alive = (
+            {weight.untyped_storage().data_ptr() for weight in model.parameters()},
+            {},
+            [],
+        )
 
         def keep(tensor, owned=owned, kept=kept, alive=alive, weights=weights):
             alive.append(tensor)  # so that no address is used twice
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in owned and not (tensor.ndim == 2 and tensor.numel() in weights):
+            if storage.data_ptr() not in owned and not (
+                tensor.ndim == 2 and tensor.numel() in weights
+            ):
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
@@ -273,11 +348,19 @@ def test_the_table_of_memory_and_time_is_computed():
     rows, speed, names = 0, 0, {"ddp": "ddp", "deepspeed_zero2": "zero2", "fsdp2": "fsdp2"}
     for line in RECIPES.splitlines():
         speed = (re.findall(r"at (\d+) TFLOP/s", line, re.I) or [speed])[0]
-        match = re.fullmatch(r"\| `(.*?)(\w+)\.py (--model pythia.*)` \| (.*) \| (.*) \| (.*) \|", line)
+        match = re.fullmatch(
+            r"\| `(.*?)(\w+)\.py (--model pythia.*)` \| (.*) \| (.*) \| (.*) \|", line
+        )
         if not match:
             continue
         launcher, script, flags, *shown = match.groups()
-        options = ["--script", script, "--tflops", speed, *re.sub(r" --dataset \w+", "", flags).split()]
+        options = [
+            "--script",
+            script,
+            "--tflops",
+            speed,
+            *re.sub(r" --dataset \w+", "", flags).split(),
+        ]
         if config := re.search(r"configs/(\w+)\.yaml --num_processes (\d+)", launcher):
             options += ["--sharing", names[config[1]], "--processes", config[2]]
         args = tyro.cli(memory.Args, args=options, config=(tyro.conf.FlagCreatePairsOff,))
@@ -291,5 +374,9 @@ def test_the_table_of_memory_and_time_is_computed():
 
 def test_the_citation_is_of_this_version_and_license():
     text = (ROOT / "CITATION.cff").read_text()
-    assert "cff-version: 1.2.0" in text and "license: MIT" in text and "arxiv.org/abs/2310.00212" in text
+    assert (
+        "cff-version: 1.2.0" in text
+        and "license: MIT" in text
+        and "arxiv.org/abs/2310.00212" in text
+    )
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")

@@ -22,7 +22,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import evaluate
-from evaluate import Compare, Frontier, Limit, UserError, best_of_n, limit_curve, read_verdict, reward_at, win_rate
+from evaluate import (
+    Compare,
+    Frontier,
+    Limit,
+    UserError,
+    best_of_n,
+    limit_curve,
+    read_verdict,
+    reward_at,
+    win_rate,
+)
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,9 +61,13 @@ def test_limit_is_the_exact_frontier(world):
     probs, rewards, drawn = world
     temperatures = [10 ** (2 - i / 100) for i in range(400)]
     exact = list(exact_curve(probs, rewards, temperatures))
-    curve = limit_curve(rewards.gather(1, drawn), temperatures[::20], gold=-rewards.gather(1, drawn))
+    curve = limit_curve(
+        rewards.gather(1, drawn), temperatures[::20], gold=-rewards.gather(1, drawn)
+    )
     start, checked = (probs * rewards).sum(1).mean().item(), 0
-    for kl, reward, ess, gold in zip(*(curve[key].tolist() for key in ("kl", "reward", "ess", "gold"))):
+    for kl, reward, ess, gold in zip(
+        *(curve[key].tolist() for key in ("kl", "reward", "ess", "gold"))
+    ):
         assert gold == pytest.approx(-reward)
         if 0.1 < kl < math.log(drawn.shape[1]) - 4.5 and ess >= 50:
             best = reward_at(exact, kl)
@@ -65,7 +79,9 @@ def test_limit_is_the_exact_frontier(world):
 
 def test_limit_of_equal_rewards_is_the_reference():
     curve = limit_curve(torch.ones(2, 8), [0.1, 1.0])
-    assert curve["kl"].tolist() == pytest.approx([0, 0]) and curve["ess"].tolist() == pytest.approx([8, 8])
+    assert curve["kl"].tolist() == pytest.approx([0, 0]) and curve["ess"].tolist() == pytest.approx(
+        [8, 8]
+    )
     assert curve["reward"].tolist() == pytest.approx([1, 1])
 
 
@@ -73,7 +89,11 @@ def test_limit_of_equal_rewards_is_the_reference():
 def test_best_of_n_is_the_mean_over_all_draws(n):
     generator = torch.Generator().manual_seed(n)
     rewards, gold = torch.randn(2, 2, 6, generator=generator)
-    bests = [max(draw, key=lambda i: row[i]) for row in rewards for draw in itertools.combinations(range(6), n)]
+    bests = [
+        max(draw, key=lambda i: row[i])
+        for row in rewards
+        for draw in itertools.combinations(range(6), n)
+    ]
     prompt = [p for p in range(2) for _ in itertools.combinations(range(6), n)]
     for values in (rewards, gold):
         expected = sum(values[p, i].item() for p, i in zip(prompt, bests)) / len(bests)
@@ -84,7 +104,9 @@ def test_best_of_n_is_that_of_fresh_draws(world):
     probs, rewards, drawn = world
     order = rewards.argsort(dim=1)
     cdf = probs.gather(1, order).cumsum(1) ** 8  # of the best of 8
-    best = (cdf.diff(dim=1, prepend=torch.zeros(6, 1)) * rewards.gather(1, order)).sum(1).mean().item()
+    best = (
+        (cdf.diff(dim=1, prepend=torch.zeros(6, 1)) * rewards.gather(1, order)).sum(1).mean().item()
+    )
     found = rewards.gather(1, drawn)
     assert best_of_n(found, 8, found) == pytest.approx(best, abs=0.01)
 
@@ -116,17 +138,30 @@ def test_reward_where_a_path_never_is():
 def test_win_rate_and_its_interval():
     found = win_rate(torch.tensor([1.0] * 60 + [0.5] * 20 + [0.0] * 20))
     assert found["win_rate"] == 0.7 and found["prompts"] == 100
-    assert (found["low"], found["high"]) == pytest.approx((0.6042, 0.7811), abs=1e-4)  # Wilson's, of 70 in 100
+    assert (found["low"], found["high"]) == pytest.approx(
+        (0.6042, 0.7811), abs=1e-4
+    )  # Wilson's, of 70 in 100
     assert win_rate(torch.ones(10))["low"] < 0.8 and win_rate(torch.ones(0))["win_rate"] is None
 
 
 # ------------------------------------------------------------------------------------------------------------- frontier
-def make_run(folder, seed, points, script="p3o_v2", reward="somewhere/tiny/reward_model", **changes):
+def make_run(
+    folder, seed, points, script="p3o_v2", reward="somewhere/tiny/reward_model", **changes
+):
     folder.mkdir(parents=True)
-    args = {"seed": seed, "output_dir": str(folder), "model": "tiny", "dataset": "tiny", "beta": 0.05} | changes
+    args = {
+        "seed": seed,
+        "output_dir": str(folder),
+        "model": "tiny",
+        "dataset": "tiny",
+        "beta": 0.05,
+    } | changes
     record = {"script": script, "base_name": "tiny", "policy": "", "reward": reward, "args": args}
     (folder / "args.json").write_text(json.dumps(record))
-    rows = [{"step": i, "kl": kl, "kl_se": 0.1, "reward": r, "reward_se": 0.2, "gold": -r} for i, (kl, r) in points]
+    rows = [
+        {"step": i, "kl": kl, "kl_se": 0.1, "reward": r, "reward_se": 0.2, "gold": -r}
+        for i, (kl, r) in points
+    ]
     (folder / "frontier.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 
@@ -141,10 +176,19 @@ def runs(tmp_path):
 
 
 def make_limit(file, **changes):
-    curve = [{"b": 1, "kl": kl, "reward": 1 + 2 * kl, "ess": 99, "trusted": kl < 2} for kl in (0.5, 1, 2, 5)]
+    curve = [
+        {"b": 1, "kl": kl, "reward": 1 + 2 * kl, "ess": 99, "trusted": kl < 2}
+        for kl in (0.5, 1, 2, 5)
+    ]
     args = {"dataset": "tiny", "temperature": 1.0} | changes
     best = [{"n": 1, "kl": 0, "reward": 1}, {"n": 4, "kl": 0.64, "reward": 2}]
-    limit = {"args": args, "base_name": "tiny", "reward": "tiny/reward_model", "num_samples": 64, "ref_reward": 1.0}
+    limit = {
+        "args": args,
+        "base_name": "tiny",
+        "reward": "tiny/reward_model",
+        "num_samples": 64,
+        "ref_reward": 1.0,
+    }
     Path(file).write_text(json.dumps(limit | {"curve": curve, "best_of_n": best}))
     return str(file)
 
@@ -160,8 +204,12 @@ def test_frontier(runs, tmp_path):
     pair, other, ppo = curves["p3o_v2 --beta 0.05"], curves["p3o_v2 --beta 0.1"], curves["ppo"]
     assert pair["seeds"] == [1, 2] and [point["reward"] for point in pair["path"]] == [1, 2.5, 4.5]
     assert [point["reward_se"] for point in pair["path"]] == [0, 0.5, 0.5]
-    assert pair["reward_at"]["2"]["reward"] == 3.5 and pair["reward_at"]["2"]["reward_se"] == pytest.approx(0.5)
-    assert pair["reward_at"]["2"]["reached"] and pair["reward_at"]["2"]["share"] == pytest.approx(2.5 / 4)
+    assert pair["reward_at"]["2"]["reward"] == 3.5 and pair["reward_at"]["2"][
+        "reward_se"
+    ] == pytest.approx(0.5)
+    assert pair["reward_at"]["2"]["reached"] and pair["reward_at"]["2"]["share"] == pytest.approx(
+        2.5 / 4
+    )
     assert pair["reward_at"]["0.5"]["share"] == pytest.approx(0.75)  # (1.75 − 1) / (2 − 1)
     assert other["reward_at"]["2"] | {"share": 0} == {
         "reward": 2, "reward_se": None, "reached": False, "largest_kl": 0.5, "limit": 5, "share": 0
@@ -182,7 +230,14 @@ def test_frontier_of_gold(runs, tmp_path, capsys):
 
 def test_what_leaves_a_curve_as_it_is_makes_no_other_curve(runs, tmp_path):
     """Seeds with and without --track or --config, and of a version that had neither."""
-    other = make_run(tmp_path / "e", 3, enumerate([(0, 1), (2, 2)]), track=True, config="args.json", dry_run=False)
+    other = make_run(
+        tmp_path / "e",
+        3,
+        enumerate([(0, 1), (2, 2)]),
+        track=True,
+        config="args.json",
+        dry_run=False,
+    )
     found = evaluate.frontier(Frontier((*runs[:2], other), tmp_path / "f.png"))
     assert [curve["seeds"] for curve in found["curves"].values()] == [[1, 2, 3]]
 
@@ -191,7 +246,9 @@ def test_a_kl_that_a_seed_is_never_below(tmp_path, capsys):
     """Not a NaN, which JSON does not have; and a KL given twice is one column."""
     runs = [make_run(tmp_path / str(seed), seed, [(0, (seed, 1)), (1, (3, 2))]) for seed in (1, 2)]
     evaluate.frontier(Frontier(tuple(runs), tmp_path / "f.png", (1.5, 2.5, 1.5)))
-    found = json.loads((tmp_path / "f.json").read_text(), parse_constant=pytest.fail)["curves"]["p3o_v2"]["reward_at"]
+    found = json.loads((tmp_path / "f.json").read_text(), parse_constant=pytest.fail)["curves"][
+        "p3o_v2"
+    ]["reward_at"]
     assert found["1.5"] == {"reward": None, "reward_se": None, "reached": True, "largest_kl": 3}
     assert found["2.5"]["reward"] == pytest.approx(1.625)
     header, _, row, *_ = capsys.readouterr().out.splitlines()
@@ -206,7 +263,12 @@ def test_a_run_given_twice_counts_once(runs, tmp_path):
 def broken(tmp_path, runs, case):
     folder = Path(runs[0])
     if case in ("empty", "broken", "number", "list"):
-        text = {"empty": "", "broken": '{"step": 0, "kl"', "number": '{"step": 0, "kl": 0}', "list": "[1]"}[case]
+        text = {
+            "empty": "",
+            "broken": '{"step": 0, "kl"',
+            "number": '{"step": 0, "kl": 0}',
+            "list": "[1]",
+        }[case]
         (folder / "frontier.jsonl").write_text(text)
     if case == "no frontier":
         (folder / "frontier.jsonl").unlink()
@@ -245,19 +307,29 @@ def test_frontier_refuses(case, sentence, runs, tmp_path):
     assert not (tmp_path / "f.png").exists()
 
 
-@pytest.mark.parametrize("changes", [{"dataset": "hh"}, {"temperature": 0.7}, {"max_response_tokens": 9}])
+@pytest.mark.parametrize(
+    "changes", [{"dataset": "hh"}, {"temperature": 0.7}, {"max_response_tokens": 9}]
+)
 def test_frontier_refuses_the_limit_of_something_else(changes, runs, tmp_path):
     limit = make_limit(tmp_path / "limit.json", **changes)
-    record, settings = Path(runs[0], "args.json"), '"temperature": 1.0, "max_response_tokens": 128, "beta"'
+    record, settings = (
+        Path(runs[0], "args.json"),
+        '"temperature": 1.0, "max_response_tokens": 128, "beta"',
+    )
     record.write_text(record.read_text().replace('"beta"', settings))
     with pytest.raises(UserError, match=f"it has {next(iter(changes))} .*, .*a has"):
         evaluate.frontier(Frontier(tuple(runs[:1]), tmp_path / "f.png", limit=limit))
 
 
 def test_frontier_says_when_the_limit_is_of_other_prompts(tmp_path, capsys):
-    run, limit = make_run(tmp_path / "a", 1, [(0, (0, 1))], eval_prompts=256), tmp_path / "limit.json"
+    run, limit = (
+        make_run(tmp_path / "a", 1, [(0, (0, 1))], eval_prompts=256),
+        tmp_path / "limit.json",
+    )
     for number in (64, 256):
-        evaluate.frontier(Frontier((run,), tmp_path / "f.png", limit=make_limit(limit, eval_prompts=number)))
+        evaluate.frontier(
+            Frontier((run,), tmp_path / "f.png", limit=make_limit(limit, eval_prompts=number))
+        )
         assert ("is of other --eval-prompts than" in capsys.readouterr().out) == (number == 64)
 
 
@@ -272,7 +344,12 @@ def test_the_gold_of_a_limit_is_the_runs(tmp_path):
 # ------------------------------------------------------------------------------------------- limit, killed and gone on
 def limit(folder, num_samples, **options):
     """limit.json of a small limit made in this process."""
-    sizes = {"eval_prompts": 4, "max_response_tokens": 24, "output_dir": str(folder), "num_samples": num_samples}
+    sizes = {
+        "eval_prompts": 4,
+        "max_response_tokens": 24,
+        "output_dir": str(folder),
+        "num_samples": num_samples,
+    }
     evaluate.main(Limit(**sizes, **options))
     found = json.loads((folder / "limit.json").read_text())
     assert found["args"].pop("output_dir") == str(folder)
@@ -287,7 +364,9 @@ def test_limit_killed_goes_on_to_the_same_numbers(tmp_path, capsys):
     assert first["best_of_n"][3]["reward"] > first["ref_reward"]
     assert not any(row["trusted"] for row in first["curve"] if row["ess"] < 50)
     printed = capsys.readouterr().out
-    assert "best of 8" in printed and "effective samples" in printed and "made before" not in printed
+    assert (
+        "best of 8" in printed and "effective samples" in printed and "made before" not in printed
+    )
     file = tmp_path / "limit/rewards.pt"
     while not file.exists():
         assert time.monotonic() < end, script.said()
@@ -309,16 +388,22 @@ def test_limit_uses_the_samples_that_are_there(tmp_path, capsys):
     first = limit(tmp_path, 64)
     assert first["curve"][0]["kl"] < 0.01
     second = limit(tmp_path, 64, b_values=(1.0, 3.0))
-    assert [row["b"] for row in second["curve"]] == [3, 1] and second["best_of_n"] == first["best_of_n"]
+    assert [row["b"] for row in second["curve"]] == [3, 1] and second["best_of_n"] == first[
+        "best_of_n"
+    ]
     assert "64 a prompt made before" in capsys.readouterr().out
     reward = tmp_path / "mine.py"
     reward.write_text("def f(prompts, responses):\n    return [len(y) for y in responses]\n")
-    with pytest.raises(UserError, match="is of other samples, with reward 'reward_model .*' .now 'mine.py:f"):
+    with pytest.raises(
+        UserError, match="is of other samples, with reward 'reward_model .*' .now 'mine.py:f"
+    ):
         limit(tmp_path, 64, reward_fn=f"{reward}:f")
     found = limit(tmp_path, 64, reward_fn=f"{reward}:f", overwrite=True)
     assert found["ref_reward"] > 10 and found["ref_gold"] == pytest.approx(first["ref_gold"])
     reward.write_text(reward.read_text().replace("len(y)", "-len(y)"))
-    with pytest.raises(UserError, match="is of other samples, with reward"):  # the same file, another function
+    with pytest.raises(
+        UserError, match="is of other samples, with reward"
+    ):  # the same file, another function
         limit(tmp_path, 64, reward_fn=f"{reward}:f")
     (tmp_path / "rewards.pt").write_bytes(b"half")
     with pytest.raises(UserError, match="rewards.pt is damaged"):
@@ -337,22 +422,36 @@ def real_run(tmp_path_factory):
 def test_frontier_of_a_real_run(real_run):
     assert "p3o_v2" in run("evaluate", "frontier", "run", cwd=real_run)
     assert (real_run / "runs/frontier.png").stat().st_size > 20_000
-    assert EventAccumulator(str(real_run / "runs/frontier.tensorboard")).Reload().Tags()["images"] == ["frontier"]
+    assert EventAccumulator(str(real_run / "runs/frontier.tensorboard")).Reload().Tags()[
+        "images"
+    ] == ["frontier"]
 
 
 def test_compare(real_run):
     """With what is not given as in the run: the answers of its last evaluation."""
-    output = run("evaluate", "compare", "run", "tiny", "run/model", "--truncate-prompts", cwd=real_run)
+    output = run(
+        "evaluate", "compare", "run", "tiny", "run/model", "--truncate-prompts", cwd=real_run
+    )
     found = json.loads((real_run / "runs/compare.json").read_text())
-    as_in_the_run = {"max_response_tokens": 48, "seed": 2, "eval_prompts": 16, "truncate_prompts": True}
+    as_in_the_run = {
+        "max_response_tokens": 48,
+        "seed": 2,
+        "eval_prompts": 16,
+        "truncate_prompts": True,
+    }
     assert as_in_the_run.items() <= found["args"].items()
     last = json.loads((real_run / "run/frontier.jsonl").read_text().splitlines()[-1])
     trained, start, same = found["policies"]
     for key in ("reward", "gold", "kl", "length", "eos_rate", "reward_se"):
         assert trained[key] == pytest.approx(last[key], rel=1e-4, abs=1e-6), key
-    assert start["kl"] == pytest.approx(0, abs=1e-6) and {**same, "policy": ""} == {**trained, "policy": ""}
+    assert start["kl"] == pytest.approx(0, abs=1e-6) and {**same, "policy": ""} == {
+        **trained,
+        "policy": "",
+    }
     for matrix in (found["wins"]["reward"], found["wins"]["gold"]):
-        assert matrix[0][2]["win_rate"] == matrix[1][1]["win_rate"] == 0.5  # the same policy, the same noise
+        assert (
+            matrix[0][2]["win_rate"] == matrix[1][1]["win_rate"] == 0.5
+        )  # the same policy, the same noise
         for i, j in itertools.product(range(3), repeat=2):
             assert matrix[i][j]["win_rate"] + matrix[j][i]["win_rate"] == pytest.approx(1)
             assert matrix[i][j]["low"] + matrix[j][i]["high"] == pytest.approx(1)
@@ -365,12 +464,19 @@ def test_samples(real_run):
     text = (real_run / "runs/samples.md").read_text()
     assert text.strip() in output and text.count("## Prompt") == 3 and text.count("gold ") == 6
     last = json.loads((real_run / "run/samples.jsonl").read_text().splitlines()[-1])
-    assert f"**run**: reward {last['rewards'][0]:.2f}, gold" in text  # the very answers of the last evaluation
+    assert (
+        f"**run**: reward {last['rewards'][0]:.2f}, gold" in text
+    )  # the very answers of the last evaluation
     assert " ".join(last["responses"][0].split()) in " ".join(text.split())
 
 
 def test_settings_of_another_dataset_are_not_the_runs(tmp_path):
-    changes = {"dataset": "mine.jsonl", "map": ["prompt=q"], "gold_fn": "mine.py:f", "temperature": 0.7}
+    changes = {
+        "dataset": "mine.jsonl",
+        "map": ["prompt=q"],
+        "gold_fn": "mine.py:f",
+        "temperature": 0.7,
+    }
     name = make_run(tmp_path / "a", 3, [(0, (0, 1))], **changes)
     same = evaluate.settings_of_run(Compare(models=(name,), dataset="mine.jsonl"))
     assert same["map"] == ["prompt=q"] and same["gold_fn"] == "mine.py:f" and same["seed"] == 3
@@ -453,8 +559,12 @@ def server():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             text = body["messages"][0]["content"]
-            a, b = re.search(r"\[Answer A\]\n(.*)\n\n\[Answer B\]\n(.*)\n\nReply", text, re.DOTALL).groups()
-            httpd.requests.append({**body, "a": a, "b": b, "path": self.path, "headers": dict(self.headers)})
+            a, b = re.search(
+                r"\[Answer A\]\n(.*)\n\n\[Answer B\]\n(.*)\n\nReply", text, re.DOTALL
+            ).groups()
+            httpd.requests.append(
+                {**body, "a": a, "b": b, "path": self.path, "headers": dict(self.headers)}
+            )
             reply = httpd.reply(a, b, len(httpd.requests))
             self.send_response(reply if isinstance(reply, int) else 200)
             self.end_headers()
@@ -480,7 +590,11 @@ def judge(server, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
     def wins(rows, **options):
-        options = {"judge_url": server.url, "judge_model": "m", "judge_cache": tmp_path / "cache.jsonl"} | options
+        options = {
+            "judge_url": server.url,
+            "judge_model": "m",
+            "judge_cache": tmp_path / "cache.jsonl",
+        } | options
         return evaluate.judge_wins(Compare(**options), rows)
 
     return wins
@@ -499,10 +613,20 @@ def test_judge_asks_in_both_orders_and_never_again(server, judge, monkeypatch, t
     assert judge(ROWS) == [1, 0, 1, 0.5]
     asked = {(request["a"], request["b"]) for request in server.requests}
     assert asked == {("good", "bad"), ("bad", "good"), ("good", "fine"), ("fine", "good")}
-    assert len(server.requests) <= 6  # equal answers are not asked about; equal questions at once may be
+    assert (
+        len(server.requests) <= 6
+    )  # equal answers are not asked about; equal questions at once may be
     for request in server.requests:
-        assert request["path"] == "/v1/chat/completions" and request["headers"]["Authorization"] == "Bearer secret"
-        assert request.keys() - {"a", "b", "path", "headers"} == {"model", "messages", "temperature", "max_tokens"}
+        assert (
+            request["path"] == "/v1/chat/completions"
+            and request["headers"]["Authorization"] == "Bearer secret"
+        )
+        assert request.keys() - {"a", "b", "path", "headers"} == {
+            "model",
+            "messages",
+            "temperature",
+            "max_tokens",
+        }
         assert request["temperature"] == 0 and request["model"] == "m"
     assert "secret" not in (tmp_path / "cache.jsonl").read_text()
 
@@ -529,7 +653,9 @@ def test_judge_who_looks_at_the_position_alone(bias, win, server, judge):
     assert judge(ROWS) == [win] * 4
 
 
-@pytest.mark.parametrize("wrong", ["Both are nice.", 500, 429, b"not JSON", b'{"choices": []}', b"[1]", None])
+@pytest.mark.parametrize(
+    "wrong", ["Both are nice.", 500, 429, b"not JSON", b'{"choices": []}', b"[1]", None]
+)
 def test_judge_is_asked_again(wrong, server, judge, capsys):
     server.reply = lambda a, b, number: wrong if number <= 2 else prefer_good(a, b, number)
     assert judge(ROWS[:1], judge_workers=1) == [1] and len(server.requests) == 4
@@ -539,7 +665,10 @@ def test_judge_is_asked_again(wrong, server, judge, capsys):
 def test_judge_without_verdict_is_counted(server, judge, capsys):
     server.reply = lambda a, b, number: 503 if "fine" in (a, b) else prefer_good(a, b, number)
     assert judge(ROWS, judge_retries=1) == [1, 0, None, 0.5]
-    assert "4 pairs, 1 unjudged (the last because of HTTPError: HTTP Error 503" in capsys.readouterr().out
+    assert (
+        "4 pairs, 1 unjudged (the last because of HTTPError: HTTP Error 503"
+        in capsys.readouterr().out
+    )
     assert sum("fine" in (request["a"], request["b"]) for request in server.requests) == 4
     server.reply = prefer_good
     assert judge(ROWS) == [1, 0, 1, 0.5]  # what was unjudged is asked again
@@ -548,7 +677,9 @@ def test_judge_without_verdict_is_counted(server, judge, capsys):
 @pytest.mark.parametrize("code", [400, 401, 403, 404])
 def test_judge_who_will_never_answer_is_not_asked_again(code, server, judge, capsys):
     server.reply = lambda *_: code
-    assert judge(ROWS[:1], judge_workers=1) == [None] and len(server.requests) == 2  # the two orders
+    assert (
+        judge(ROWS[:1], judge_workers=1) == [None] and len(server.requests) == 2
+    )  # the two orders
     assert f"HTTP Error {code}" in capsys.readouterr().out
 
 
@@ -571,10 +702,21 @@ def test_judge_who_is_not_there(judge, capsys):
 
 def test_compare_with_a_judge(real_run, server):
     server.reply = lambda a, b, _: "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie"
-    options = ["--eval-prompts", 8, "--judge-url", server.url, "--judge-model", "m", "--output", "judged.json"]
+    options = [
+        "--eval-prompts",
+        8,
+        "--judge-url",
+        server.url,
+        "--judge-model",
+        "m",
+        "--output",
+        "judged.json",
+    ]
     output = run("evaluate", "compare", "run", "tiny", *options, cwd=real_run)
     wins = json.loads((real_run / "judged.json").read_text())["wins"]["judge"]
-    assert wins[0][1]["prompts"] == 8 and wins[0][1]["win_rate"] + wins[1][0]["win_rate"] == pytest.approx(1)
+    assert wins[0][1]["prompts"] == 8 and wins[0][1]["win_rate"] + wins[1][0][
+        "win_rate"
+    ] == pytest.approx(1)
     assert "8 pairs, 0 unjudged" in output and "Win rates by judge" in output
 
 
@@ -583,10 +725,20 @@ def test_real_server(judge, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "model")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=768, tie_word_embeddings=False, eos_token_id=0, **sizes))
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=768, tie_word_embeddings=False, eos_token_id=0, **sizes)
+    )
     with torch.no_grad():
-        for weight in (*model.gpt_neox.final_layer_norm.parameters(), *model.get_output_embeddings().parameters()):
+        for weight in (
+            *model.gpt_neox.final_layer_norm.parameters(),
+            *model.get_output_embeddings().parameters(),
+        ):
             weight.fill_(0)
         model.gpt_neox.final_layer_norm.bias.fill_(1)
         model.get_output_embeddings().weight[tokenizer("A").input_ids[0]] = 1
@@ -608,11 +760,19 @@ def test_real_server(judge, tmp_path):
                 break
             except OSError:
                 threading.Event().wait(0.1)
-        options = {"judge_url": f"http://127.0.0.1:{port}/v1", "judge_model": str(tmp_path / "model")}
+        options = {
+            "judge_url": f"http://127.0.0.1:{port}/v1",
+            "judge_model": str(tmp_path / "model"),
+        }
         assert judge(ROWS[:2], **options, judge_max_tokens=1, judge_retries=0) == [0.5, 0.5]
-        replies = [json.loads(line)["reply"] for line in (tmp_path / "cache.jsonl").read_text().splitlines()]
+        replies = [
+            json.loads(line)["reply"]
+            for line in (tmp_path / "cache.jsonl").read_text().splitlines()
+        ]
         assert {reply.strip() for reply in replies} == {"A"}
-        assert judge([("q", "x", "y")], **options, judge_max_tokens=4, judge_retries=0) == [None]  # it says "AAAA"
+        assert judge([("q", "x", "y")], **options, judge_max_tokens=4, judge_retries=0) == [
+            None
+        ]  # it says "AAAA"
     finally:
         process.kill()
         process.wait()

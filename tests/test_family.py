@@ -16,8 +16,13 @@ import p3o_v2
 ONLINE, OFFLINE = ("p3o_v1", "p3o_v2", "ppo", "online_dpo"), ("dpo", "ipo", "mpo")
 TIMES = ("time/", "samples_per_second", "tokens_per_second")
 SMALL = "--eval-prompts 8 --max-response-tokens 32 --micro-batch-size 16 --output-dir run".split()
-SIZES = {script: [*SMALL, *"--prompts-per-update 8 --minibatch-size 4 --num-epochs 2".split()] for script in ONLINE}
-SIZES |= {script: [*SMALL, *"--minibatch-size 8 --lr-schedule constant".split()] for script in OFFLINE}
+SIZES = {
+    script: [*SMALL, *"--prompts-per-update 8 --minibatch-size 4 --num-epochs 2".split()]
+    for script in ONLINE
+}
+SIZES |= {
+    script: [*SMALL, *"--minibatch-size 8 --lr-schedule constant".split()] for script in OFFLINE
+}
 
 
 def lines(file):
@@ -34,7 +39,14 @@ def data(tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = (ROOT / "tiny/data/train.jsonl").read_text().splitlines(keepends=True)
     file.write_text("".join(rows[:400]))
-    return ["--model", ROOT / "tiny/sft", "--dataset", file, "--reward-model", ROOT / "tiny/reward_model"]
+    return [
+        "--model",
+        ROOT / "tiny/sft",
+        "--dataset",
+        file,
+        "--reward-model",
+        ROOT / "tiny/reward_model",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ p3o_v1, p3o_v2
@@ -55,7 +67,9 @@ def test_the_two_versions_of_p3o_differ_in_their_loss_alone():
 
 
 @pytest.mark.parametrize("schedule, last", [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
-def test_the_learning_rate_rises_over_the_warm_up_then_follows_its_schedule(schedule, last, data, tmp_path):
+def test_the_learning_rate_rises_over_the_warm_up_then_follows_its_schedule(
+    schedule, last, data, tmp_path
+):
     """Two updates of warm-up of four: 0, a half, all of it, then by the schedule."""
     flags = [*SIZES["dpo"], "--num-updates", 4, "--warmup-updates", 2, "--learning-rate", 1e-4]
     flags += ["--lr-schedule", schedule, "--eval-every", 0, "--save-every", 0]
@@ -66,7 +80,9 @@ def test_the_learning_rate_rises_over_the_warm_up_then_follows_its_schedule(sche
 
 def test_gradients_repeat_to_the_last_bit():
     """Three responses to each of five prompts: where threads share them, an order of sums that is chance shows here."""
-    model = p3o_v2.load_model(AutoModelForCausalLM, f"{p3o_v2.TINY}/sft", "--model", "cpu", p3o_v2.Args(), train=True)
+    model = p3o_v2.load_model(
+        AutoModelForCausalLM, f"{p3o_v2.TINY}/sft", "--model", "cpu", p3o_v2.Args(), train=True
+    )
     prompts = [torch.arange(3, 3 + n) for n in (20, 25, 30, 22, 27)]
     responses = [torch.arange(40, 40 + 18 + i % 7) for i in range(15)]
 
@@ -87,7 +103,17 @@ def runs(data, tmp_path_factory):
     for script in (*ONLINE, *OFFLINE):
         folder = tmp_path_factory.mktemp(script)
         run(script, *data, *SIZES[script], "--num-updates", 2, "--eval-every", 2, cwd=folder)
-        said = run(script, *data, *SIZES[script], "--num-updates", 4, "--eval-every", 2, "--resume", cwd=folder)
+        said = run(
+            script,
+            *data,
+            *SIZES[script],
+            "--num-updates",
+            4,
+            "--eval-every",
+            2,
+            "--resume",
+            cwd=folder,
+        )
         assert "resumed       from run/checkpoint/00000002" in said
         if script in OFFLINE:
             assert re.search(r"store +runs/cache/\w+: made before", said)
@@ -99,29 +125,41 @@ def runs(data, tmp_path_factory):
 def test_a_run_that_went_on_is_one_that_went_through(script, data, runs, tmp_path):
     run(script, *data, *SIZES[script], "--num-updates", 4, "--eval-every", 2, cwd=tmp_path)
     for name in ("metrics.jsonl", "frontier.jsonl"):
-        straight, resumed = (without_times(lines(folder / "run" / name)) for folder in (tmp_path, runs[script]))
+        straight, resumed = (
+            without_times(lines(folder / "run" / name)) for folder in (tmp_path, runs[script])
+        )
         assert straight == resumed
-    weights = [(folder / "run/model/model.safetensors").read_bytes() for folder in (tmp_path, runs[script])]
+    weights = [
+        (folder / "run/model/model.safetensors").read_bytes() for folder in (tmp_path, runs[script])
+    ]
     assert weights[0] == weights[1]
 
 
 def test_every_key_is_explained_and_every_explanation_has_its_key(runs):
     text = (ROOT / "docs/metrics.md").read_text()
-    explained = {key for row in re.findall(r"^\| (`.*?) \|", text, re.M) for key in re.findall(r"`([\w/]+)`", row)}
+    explained = {
+        key
+        for row in re.findall(r"^\| (`.*?) \|", text, re.M)
+        for key in re.findall(r"`([\w/]+)`", row)
+    }
     logged = set()
     for folder in runs.values():
         for name in ("metrics.jsonl", "frontier.jsonl"):
             logged |= {key for row in lines(folder / "run" / name) for key in row}
     logged = {key.removesuffix("_se") for key in logged} - {"step"}
     assert logged - explained == set()
-    others = {key for key in explained - logged if not key.startswith(("sft/", "rm/")) and key != "_9"}
+    others = {
+        key for key in explained - logged if not key.startswith(("sft/", "rm/")) and key != "_9"
+    }
     assert others <= {"gold"}  # which these rows have not
 
 
 @pytest.mark.parametrize("script", ONLINE)
 def test_online_scripts_learn_in_a_few_updates(script, tmp_path):
     """A reward that a few steps can reach: short responses."""
-    (tmp_path / "my_reward.py").write_text("def f(prompts, responses):\n    return [-len(y) / 10 for y in responses]\n")
+    (tmp_path / "my_reward.py").write_text(
+        "def f(prompts, responses):\n    return [-len(y) / 10 for y in responses]\n"
+    )
     options = "--num-updates 8 --prompts-per-update 32 --eval-every 0 --eval-prompts 64 --learning-rate 1e-3".split()
     run(script, *options, "--reward-fn", "my_reward.py:f", "--output-dir", "run", cwd=tmp_path)
     start, end = lines(tmp_path / "run/frontier.jsonl")
@@ -131,7 +169,16 @@ def test_online_scripts_learn_in_a_few_updates(script, tmp_path):
 @pytest.mark.parametrize("script", OFFLINE)
 def test_offline_scripts_learn_the_preferences_of_held_out_pairs(script, data, tmp_path):
     options = "--num-updates 24 --minibatch-size 16 --eval-every 0 --eval-prompts 40 --learning-rate 1e-3".split()
-    run(script, *data[:4], *options, "--output-dir", "run", "--max-response-tokens", 64, cwd=tmp_path)
+    run(
+        script,
+        *data[:4],
+        *options,
+        "--output-dir",
+        "run",
+        "--max-response-tokens",
+        64,
+        cwd=tmp_path,
+    )
     start, end = lines(tmp_path / "run/frontier.jsonl")
     assert start["rewards/margins"] == pytest.approx(0, abs=1e-4) and end["rewards/margins"] > 0
     assert end["rewards/accuracies"] > 0.6
@@ -170,15 +217,21 @@ def test_a_store_holds_the_log_probabilities_of_the_reference(data, tmp_path):
     """At the start of dpo.py policy and reference are one: margins are 0, in training and held out."""
     run("dpo", *data, *SIZES["dpo"], "--num-updates", 1, "--learning-rate", 1e-9, cwd=tmp_path)
     (row,) = lines(tmp_path / "run/metrics.jsonl")
-    assert abs(row["rewards/margins"]) < 1e-5 and row["policy/loss"] == pytest.approx(torch.tensor(2.0).log().item())
+    assert abs(row["rewards/margins"]) < 1e-5 and row["policy/loss"] == pytest.approx(
+        torch.tensor(2.0).log().item()
+    )
 
 
-@pytest.mark.parametrize("options", [["--share-trunk"], ["--target-kl-adaptive", 6], ["--dtype", "bfloat16"]])
+@pytest.mark.parametrize(
+    "options", [["--share-trunk"], ["--target-kl-adaptive", 6], ["--dtype", "bfloat16"]]
+)
 def test_variants_of_ppo_run(options, data, tmp_path):
     run("ppo", *data, *SIZES["ppo"], "--num-updates", 2, *options, cwd=tmp_path)
     rows = lines(tmp_path / "run/metrics.jsonl")
     assert all(abs(value) < 1e6 for row in rows for value in row.values())
-    if options[0] == "--target-kl-adaptive":  # far below the target: beta falls by a fifth of n/10,000
+    if (
+        options[0] == "--target-kl-adaptive"
+    ):  # far below the target: beta falls by a fifth of n/10,000
         ratio = [row["objective/beta_raw"] for row in rows]
         assert ratio[1] != ratio[0]
 
@@ -191,7 +244,9 @@ def f(prompts, responses):
 
 def test_delta_reward_takes_away_what_is_added_to_all_rewards_of_a_prompt(tmp_path):
     """Also where a chosen response stands in another column, and the first of several to a prompt counts."""
-    rows = [json.loads(line) for line in (ROOT / "tiny/data/train.jsonl").read_text().splitlines()[:60]]
+    rows = [
+        json.loads(line) for line in (ROOT / "tiny/data/train.jsonl").read_text().splitlines()[:60]
+    ]
     pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
     inside = [{key: row["prompt"] + row[key] for key in ("chosen", "rejected")} for row in pairs]
     answers = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
@@ -206,8 +261,26 @@ def test_delta_reward_takes_away_what_is_added_to_all_rewards_of_a_prompt(tmp_pa
     ]:
         (tmp_path / "my_reward.py").write_text(DELTA.replace("SIZE", str(size)))
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
-        options = ["--model", ROOT / "tiny/sft", "--dataset", "rows.jsonl", "--reward-fn", "my_reward.py:f", *flags]
-        run("ppo", *options, *SIZES["ppo"], "--num-updates", 1, "--eval-every", 0, "--overwrite", cwd=tmp_path)
+        options = [
+            "--model",
+            ROOT / "tiny/sft",
+            "--dataset",
+            "rows.jsonl",
+            "--reward-fn",
+            "my_reward.py:f",
+            *flags,
+        ]
+        run(
+            "ppo",
+            *options,
+            *SIZES["ppo"],
+            "--num-updates",
+            1,
+            "--eval-every",
+            0,
+            "--overwrite",
+            cwd=tmp_path,
+        )
         (found,) = without_times(lines(tmp_path / "run/metrics.jsonl"))
         raw = found.pop("objective/reward"), found.pop("objective/reward_std")
         plain = plain or {"raw": raw, **found}
@@ -216,14 +289,26 @@ def test_delta_reward_takes_away_what_is_added_to_all_rewards_of_a_prompt(tmp_pa
         assert same == (flags != []), (size, flags, data[0])
 
 
-@pytest.mark.parametrize("row", [{"prompt": "Question {}?"}, {"prompt": "Question {}?", "answer": "Yes."}])
+@pytest.mark.parametrize(
+    "row", [{"prompt": "Question {}?"}, {"prompt": "Question {}?", "answer": "Yes."}]
+)
 def test_delta_reward_asks_for_a_chosen_response(row, tmp_path):
     rows = [json.dumps({key: text.format(i) for key, text in row.items()}) + "\n" for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     (tmp_path / "my_reward.py").write_text(DELTA.replace("SIZE", "0"))
-    options = ["--model", ROOT / "tiny/sft", "--dataset", "rows.jsonl", "--reward-fn", "my_reward.py:f"]
+    options = [
+        "--model",
+        ROOT / "tiny/sft",
+        "--dataset",
+        "rows.jsonl",
+        "--reward-fn",
+        "my_reward.py:f",
+    ]
     said = run("ppo", *options, "--delta-reward", cwd=tmp_path, code=2)
-    assert f"expected text or messages in completion; found None (columns: {', '.join(row)}); --map" in said
+    assert (
+        f"expected text or messages in completion; found None (columns: {', '.join(row)}); --map"
+        in said
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -250,10 +335,15 @@ def test_held_out_prompts_are_the_same_in_every_script(data, tmp_path):
     import sft
 
     file, tokenizer = tmp_path / "rows.jsonl", AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
-    rows = [{"prompt": f"Question {i}?", "chosen": "Yes." if i % 9 else " ", "rejected": "No."} for i in range(300)]
+    rows = [
+        {"prompt": f"Question {i}?", "chosen": "Yes." if i % 9 else " ", "rejected": "No."}
+        for i in range(300)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = p3o_v2.Args(dataset=str(file))
-    prompts, held_out = (set(tokenizer.batch_decode(x)) for x in p3o_v2.load_prompts(tokenizer, args))
+    prompts, held_out = (
+        set(tokenizer.batch_decode(x)) for x in p3o_v2.load_prompts(tokenizer, args)
+    )
     rows, held_out_rows = (
         {tokenizer.decode(row["prompt"]) for row in part}
         for part in sft.load_rows(tokenizer, [0], sft.Args(dataset=str(file)), ("completion",))

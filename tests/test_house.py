@@ -21,7 +21,9 @@ LINES = {  # as they are, and the aim, which none meets yet: the first number ma
     "mpo.py": (1068, 500),
     "evaluate.py": (1161, 600),
 }
-SCRIPTS = [ROOT / name for name in sorted(LINES)]  # not all that lies here: a user's own copy is no business of ours
+SCRIPTS = [
+    ROOT / name for name in sorted(LINES)
+]  # not all that lies here: a user's own copy is no business of ours
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 
 
@@ -38,24 +40,34 @@ def definitions(script):
 
 def fields(script):
     """(name, type, default, help comment) of every field of a script's dataclasses, None for what a line lacks."""
-    pattern = re.compile(r"(?P<name>\w+): (?P<type>.+?)(?: = (?P<default>.+?))?(?:  # (?P<help>\S.*))?")
+    pattern = re.compile(
+        r"(?P<name>\w+): (?P<type>.+?)(?: = (?P<default>.+?))?(?:  # (?P<help>\S.*))?"
+    )
     for text in definitions(script).values():
         for node in ast.parse(text).body[0].body if text.startswith("@dataclass") else ():
             if isinstance(node, ast.AnnAssign):
                 line = "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno]).strip()
                 match = pattern.fullmatch(line)
-                yield match.groups() if match else (node.target.id, ast.unparse(node.annotation), None, None)
+                yield (
+                    match.groups()
+                    if match
+                    else (node.target.id, ast.unparse(node.annotation), None, None)
+                )
 
 
 def is_shared(name):
     return name not in ("Args", "main", "gae") and not name.endswith("_loss")
 
 
-@pytest.mark.parametrize("name", sorted({name for path in SCRIPTS for name in definitions(path) if is_shared(name)}))
+@pytest.mark.parametrize(
+    "name", sorted({name for path in SCRIPTS for name in definitions(path) if is_shared(name)})
+)
 def test_what_has_the_same_name_is_the_same(name):
     texts = {path.name: definitions(path)[name] for path in SCRIPTS if name in definitions(path)}
     first = next(iter(texts))
-    assert [script for script in texts if texts[script] != texts[first]] == [], f"other than in {first}"
+    assert [script for script in texts if texts[script] != texts[first]] == [], (
+        f"other than in {first}"
+    )
 
 
 def test_settings_of_the_same_name_have_the_same_type_and_help():
@@ -70,7 +82,11 @@ def test_settings_of_the_same_name_have_the_same_type_and_help():
 
 @each_script
 def test_every_setting_has_a_default_and_a_help_comment_on_its_line(script):
-    assert [name for name, _, default, help_comment in fields(script) if default is None or help_comment is None] == []
+    assert [
+        name
+        for name, _, default, help_comment in fields(script)
+        if default is None or help_comment is None
+    ] == []
 
 
 @each_script
@@ -87,7 +103,9 @@ def test_every_setting_is_read(script):
 def test_importing_the_scripts_does_nothing(tmp_path):
     names = ", ".join(path.stem for path in SCRIPTS)
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {names}"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -96,7 +114,11 @@ def test_the_heart_of_p3o_is_on_the_first_page():
     """Module docstring and loss, in the first 120 lines."""
     module = ast.parse((ROOT / "p3o_v2.py").read_text())
     assert ast.get_docstring(module)
-    (loss,) = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "pairwise_loss")
+    (loss,) = (
+        node
+        for node in module.body
+        if isinstance(node, ast.FunctionDef) and node.name == "pairwise_loss"
+    )
     assert loss.end_lineno <= 120
 
 

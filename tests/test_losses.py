@@ -58,14 +58,18 @@ def won(x):
 
 # -------------------------------------------------------------------------------------------------------------- tensors
 def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).to(dtype)
 
 
 def random_pairs(B, K, seed=0, spread=0.3, dtype=torch.float64):
     """log π_θ, log π_old, log π_ref, rewards, [B, K]; `spread`: how far π_θ has moved away from π_old, in nats."""
     noise = normal(4, B, K, seed=seed)
     logps = -40 + 10 * noise[0]
-    return [x.to(dtype) for x in (logps, logps - spread * noise[1], logps + 10 * noise[2], noise[3])]
+    return [
+        x.to(dtype) for x in (logps, logps - spread * noise[1], logps + 10 * noise[2], noise[3])
+    ]
 
 
 def random_labelled(n, seed=0, spread=1.0, dtype=torch.float64):
@@ -109,7 +113,9 @@ def numerical_gradient(function, x, step=1e-5):
 
 def assert_metrics(metrics, expected, **tolerance):
     """All metrics and no other."""
-    torch.testing.assert_close({k: v.item() for k, v in metrics.items()}, expected, **(tolerance or CLOSE))
+    torch.testing.assert_close(
+        {k: v.item() for k, v in metrics.items()}, expected, **(tolerance or CLOSE)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- every loss
@@ -149,7 +155,10 @@ LOSSES = {
     "ipo": (ipo.preference_loss, preference_inputs, [(0.1,), (1.0,)], [0, 1]),
     "mpo": (
         mpo.preference_loss,
-        lambda dtype=torch.float64, seed=0: [*preference_inputs(dtype, seed), normal(6, 2, seed=seed, dtype=dtype)],
+        lambda dtype=torch.float64, seed=0: [
+            *preference_inputs(dtype, seed),
+            normal(6, 2, seed=seed, dtype=dtype),
+        ],
         [(0.1, 0.01), (0.0, 0.0)],
         [0, 1, 4],
     ),
@@ -167,7 +176,9 @@ LOSSES = {
 
 def every_sign(size, *shape):
     """Every way for so many numbers to be ±size: [2^(product of shape), *shape]."""
-    return size * torch.tensor(list(itertools.product([-1.0, 1.0], repeat=math.prod(shape)))).view(-1, *shape)
+    return size * torch.tensor(list(itertools.product([-1.0, 1.0], repeat=math.prod(shape)))).view(
+        -1, *shape
+    )
 
 
 def extreme_inputs(name):
@@ -189,7 +200,9 @@ def extreme_inputs(name):
 
 
 CASES = [(name, options) for name, (_, _, several, _) in LOSSES.items() for options in several]
-each_case = pytest.mark.parametrize("name, options", CASES, ids=[f"{name}{list(options)}" for name, options in CASES])
+each_case = pytest.mark.parametrize(
+    "name, options", CASES, ids=[f"{name}{list(options)}" for name, options in CASES]
+)
 each_loss = pytest.mark.parametrize("name", LOSSES)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
@@ -221,7 +234,10 @@ def test_every_input_gives_the_same_metrics(name):
     """Whatever the options, the number of responses, the dtype and the size of the numbers."""
     function, make, several, _ = LOSSES[name]
     batches = [make(dtype, seed) for dtype in (torch.float32, torch.float64) for seed in range(3)]
-    batches += [extreme_inputs(name), [torch.zeros_like(x) if i < 3 else x for i, x in enumerate(make())]]
+    batches += [
+        extreme_inputs(name),
+        [torch.zeros_like(x) if i < 3 else x for i, x in enumerate(make())],
+    ]
     keys = {tuple(function(*inputs, *options)[1]) for inputs in batches for options in several}
     assert len(keys) == 1 and len(set(*keys)) == len(*keys)
 
@@ -241,7 +257,9 @@ def test_extreme_inputs_give_a_finite_loss_gradient_and_metrics(name, options, d
     assert all(value.isfinite() for value in metrics.values())
 
 
-@pytest.mark.parametrize("name", ["online_dpo", "dpo", "ipo", "mpo", "ppo_policy", "ppo_value", "reward_model", "sft"])
+@pytest.mark.parametrize(
+    "name", ["online_dpo", "dpo", "ipo", "mpo", "ppo_policy", "ppo_value", "reward_model", "sft"]
+)
 def test_gradients_are_those_of_finite_differences(name):
     """Of the losses without a stop-gradient, at several random places."""
     function, make, several, trained = LOSSES[name]
@@ -263,7 +281,10 @@ def plain_v1(l, old, ref, r, beta, clip_range, ratio_bound, sg=None):
     for b in range(len(l)):
         for i, j in itertools.combinations(range(len(l[b])), 2):
             q = (r[b][i] - r[b][j]) - beta * ((sg[b][i] - ref[b][i]) - (sg[b][j] - ref[b][j]))
-            w = {k: clip(math.exp(sg[b][k] - old[b][k]), 1 / ratio_bound, ratio_bound) for k in (i, j)}
+            w = {
+                k: clip(math.exp(sg[b][k] - old[b][k]), 1 / ratio_bound, ratio_bound)
+                for k in (i, j)
+            }
             total, stopped = 0.0, []
             for sign, one, other in ((-1, i, j), (+1, j, i)):
                 rho = math.exp(l[b][one] - old[b][one])
@@ -287,7 +308,9 @@ def test_p3o_v1_is_its_formula(K, clip_range, spread):
     value, seen = plain_v1(*plain, *options)
     loss, gradient = loss_and_gradients(p3o_v1.pairwise_loss, batch, options)
     torch.testing.assert_close(loss.item(), value, **CLOSE)
-    expected = numerical_gradient(lambda l: plain_v1(l, *plain[1:], *options, sg=plain[0])[0], batch[0])
+    expected = numerical_gradient(
+        lambda l: plain_v1(l, *plain[1:], *options, sg=plain[0])[0], batch[0]
+    )
     torch.testing.assert_close(gradient, expected, **NUMERICAL)
 
     log_ratios = (batch[0] - batch[1]).flatten().tolist()
@@ -307,7 +330,9 @@ def test_p3o_v1_is_its_formula(K, clip_range, spread):
 def test_the_random_batches_of_p3o_v1_meet_every_case():
     """Both signs of q with neither, one or the other term clipped; ratios inside [1/R, R] and beyond both ends."""
     seen = plain_v1(*(x.tolist() for x in random_pairs(40, 3, spread=2.0)), 0.05, 0.2, R)[1]
-    assert {(q > 0, *stopped) for q, _, _, *stopped in seen} == set(itertools.product([True, False], repeat=3))
+    assert {(q > 0, *stopped) for q, _, _, *stopped in seen} == set(
+        itertools.product([True, False], repeat=3)
+    )
     weights = {w for _, *pair, _, _ in seen for w in pair}
     assert weights >= {R, 1 / R} and len(weights) > 2
 
@@ -334,7 +359,9 @@ def test_the_order_of_many_responses_does_not_matter_to_p3o_v1():
 
 @pytest.mark.parametrize("K", [2, 3, 4])
 @pytest.mark.parametrize("clip_range", [0.0, 0.2])
-def test_on_policy_both_forms_of_p3o_have_the_gradient_of_the_pairwise_policy_gradient(K, clip_range):
+def test_on_policy_both_forms_of_p3o_have_the_gradient_of_the_pairwise_policy_gradient(
+    K, clip_range
+):
     """−½ q ∇(log π_θ(y_1) − log π_θ(y_2)), a mean over prompts and pairs; clipping has no effect yet."""
     logps, _, ref_logps, rewards = random_pairs(8, K)
     batch, beta = (logps, logps.clone(), ref_logps, rewards), 0.05
@@ -354,7 +381,9 @@ def test_on_policy_p3o_v1_has_the_gradient_of_a_regression_on_reward_differences
     batch, beta = (logps, logps.clone(), ref_logps, rewards), 0.05
     _, gradient = loss_and_gradients(p3o_v1.pairwise_loss, batch, (beta, 0.0, R))
     h = logps.requires_grad_() - ref_logps
-    regression = ((rewards[:, 0] - rewards[:, 1]) - beta * (h[:, 0] - h[:, 1])).square().mean() / (4 * beta)
+    regression = ((rewards[:, 0] - rewards[:, 1]) - beta * (h[:, 0] - h[:, 1])).square().mean() / (
+        4 * beta
+    )
     torch.testing.assert_close(gradient, torch.autograd.grad(regression, logps)[0], **CLOSE)
 
 
@@ -363,7 +392,12 @@ def test_on_policy_p3o_v1_has_the_gradient_of_a_regression_on_reward_differences
 def test_the_expected_gradient_of_p3o_v1_is_the_objectives(K, on_policy):
     """−∇(E[r] − β KL), by exact sums on a policy over 4 responses; of another policy's samples too, R out of reach."""
     noise = normal(4, 4)
-    logits, ref_logps, rewards, beta = noise[0].requires_grad_(), noise[1].log_softmax(0), 2 * noise[2], 0.3
+    logits, ref_logps, rewards, beta = (
+        noise[0].requires_grad_(),
+        noise[1].log_softmax(0),
+        2 * noise[2],
+        0.3,
+    )
     old_logps = (logits.detach() if on_policy else noise[3]).log_softmax(0)
     logps, expected_loss = logits.log_softmax(0), 0.0
     for draw in itertools.product(range(4), repeat=K):
@@ -382,10 +416,13 @@ def test_what_is_added_to_all_scores_of_a_prompt_has_no_effect_on_p3o_v1(K):
     for update in range(3):
         *logps, scores = random_pairs(6, K, seed=update, spread=1.0)
         rewards, _ = p3o_v1.centre_and_scale(scores, running)
-        shifted, _ = p3o_v1.centre_and_scale(scores + 20 * normal(6, 1, seed=update), shifted_running)
+        shifted, _ = p3o_v1.centre_and_scale(
+            scores + 20 * normal(6, 1, seed=update), shifted_running
+        )
         torch.testing.assert_close(shifted, rewards, rtol=0, atol=1e-12)
         before, after = (
-            loss_and_gradients(p3o_v1.pairwise_loss, [*logps, r], (0.05, 0.2, R)) for r in (rewards, shifted)
+            loss_and_gradients(p3o_v1.pairwise_loss, [*logps, r], (0.05, 0.2, R))
+            for r in (rewards, shifted)
         )
         torch.testing.assert_close(after, before, rtol=0, atol=1e-11)
 
@@ -413,7 +450,9 @@ def test_p3o_v1_stops_a_response_that_has_moved_far_enough_the_way_q_wants(q, mo
 def test_without_a_clip_range_p3o_v1_never_clips():
     """As with a range out of reach."""
     batch = random_pairs(20, 3, spread=3.0)
-    found, expected = (loss_and_gradients(p3o_v1.pairwise_loss, batch, (0.05, x, R)) for x in (0.0, 1e9))
+    found, expected = (
+        loss_and_gradients(p3o_v1.pairwise_loss, batch, (0.05, x, R)) for x in (0.0, 1e9)
+    )
     torch.testing.assert_close(found, expected, **CLOSE)
     assert (found[1] != 0).all()
     assert p3o_v1.pairwise_loss(*batch, 0.05, 0.0, R)[1]["policy/clipfrac"] == 0
@@ -434,7 +473,9 @@ def test_implicit_rewards_alone_have_the_notes_gradient(module, clip_range):
     delta_r, gradient_of_delta_r = implicit_reward(logps, ref_logps, 0.1)
     batch = logps, logps.clone(), ref_logps, 0.1 * (logps - ref_logps)
     _, gradient = loss_and_gradients(module.pairwise_loss, batch, (0.0, clip_range, R))
-    torch.testing.assert_close(gradient, -1 / (2 * 0.1) * delta_r * gradient_of_delta_r / 8, **CLOSE)
+    torch.testing.assert_close(
+        gradient, -1 / (2 * 0.1) * delta_r * gradient_of_delta_r / 8, **CLOSE
+    )
 
 
 @pytest.mark.parametrize("module", [p3o_v1, p3o_v2])
@@ -447,14 +488,18 @@ def test_rewards_less_implicit_rewards_have_the_notes_gradient(module, clip_rang
         module.pairwise_loss, (logps, logps.clone(), ref_logps, rewards), (0.1, clip_range, R)
     )
     difference = rewards[:, :1] - rewards[:, 1:]
-    torch.testing.assert_close(gradient, -1 / (2 * 0.1) * (difference - delta_r) * gradient_of_delta_r / 8, **CLOSE)
+    torch.testing.assert_close(
+        gradient, -1 / (2 * 0.1) * (difference - delta_r) * gradient_of_delta_r / 8, **CLOSE
+    )
 
 
 def test_dpo_has_the_notes_gradient():
     """−σ(−δ_r) ∇δ_r, a mean over pairs."""
     logps, _, ref_logps, _ = random_pairs(8, 2)
     delta_r, gradient_of_delta_r = implicit_reward(logps, ref_logps, 0.1)
-    _, *gradients = loss_and_gradients(dpo.preference_loss, (*logps.T, *ref_logps.T), (0.1, 0.0), (0, 1))
+    _, *gradients = loss_and_gradients(
+        dpo.preference_loss, (*logps.T, *ref_logps.T), (0.1, 0.0), (0, 1)
+    )
     expected = -torch.sigmoid(-delta_r) * gradient_of_delta_r / 8
     torch.testing.assert_close(torch.stack(gradients, 1), expected, **CLOSE)
 
@@ -468,23 +513,36 @@ def test_pair_weight_online_is_the_ascent_coefficient(name, clip_range):
     logps, _, ref_logps, rewards = random_pairs(8, 3)
     h, beta = logps - ref_logps, 0.1
     if name.startswith("p3o"):
-        function, batch = {"p3o_v1": p3o_v1, "p3o_v2": p3o_v2}[name].pairwise_loss, (logps, logps, ref_logps, rewards)
+        function, batch = (
+            {"p3o_v1": p3o_v1, "p3o_v2": p3o_v2}[name].pairwise_loss,
+            (logps, logps, ref_logps, rewards),
+        )
         options = (beta, clip_range, R)
     else:
-        function, batch, options = online_dpo.pairwise_loss, (logps, ref_logps, rewards), (beta, "hard" in name)
+        function, batch, options = (
+            online_dpo.pairwise_loss,
+            (logps, ref_logps, rewards),
+            (beta, "hard" in name),
+        )
     measured, formula = [], []
     for i, j in itertools.combinations(range(3), 2):
         pair = [x[:, [i, j]] for x in batch]
         _, gradient = loss_and_gradients(function, pair, options)
-        torch.testing.assert_close(gradient[:, 0], -gradient[:, 1], **CLOSE)  # it is a gradient of h_1 − h_2
+        torch.testing.assert_close(
+            gradient[:, 0], -gradient[:, 1], **CLOSE
+        )  # it is a gradient of h_1 − h_2
         measured += (-8 * gradient[:, 0]).tolist()
         for r, d in zip((rewards[:, i] - rewards[:, j]).tolist(), (h[:, i] - h[:, j]).tolist()):
             label = won(r) if "hard" in name else sigmoid(r)
-            formula.append(0.5 * (r - beta * d) if "p3o" in name else beta * (label - sigmoid(beta * d)))
+            formula.append(
+                0.5 * (r - beta * d) if "p3o" in name else beta * (label - sigmoid(beta * d))
+            )
     torch.testing.assert_close(measured, formula, **CLOSE)
     _, metrics = function(*batch, *options)
     assert metrics["policy/pair_weight_mean"].item() == pytest.approx(mean(measured), rel=1e-10)
-    assert metrics["policy/pair_weight_std"].item() == pytest.approx(variance(measured) ** 0.5, rel=1e-10)
+    assert metrics["policy/pair_weight_std"].item() == pytest.approx(
+        variance(measured) ** 0.5, rel=1e-10
+    )
 
 
 @pytest.mark.parametrize(
@@ -547,7 +605,9 @@ def test_hard_labels_are_the_sign_of_the_difference_and_half_at_a_tie():
     zeros = torch.zeros(3, 2, dtype=torch.float64)
     rewards = torch.tensor([[1e-9, 0.0], [0.0, 1e-9], [5.0, 5.0]], dtype=torch.float64)
     _, gradient = loss_and_gradients(online_dpo.pairwise_loss, (zeros, zeros, rewards), (0.1, True))
-    torch.testing.assert_close(-3 * gradient[:, 0], 0.1 * torch.tensor([0.5, -0.5, 0.0]).double(), **CLOSE)
+    torch.testing.assert_close(
+        -3 * gradient[:, 0], 0.1 * torch.tensor([0.5, -0.5, 0.0]).double(), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("hard_labels", [False, True])
@@ -556,7 +616,9 @@ def test_only_differences_of_rewards_enter_online_dpo_and_the_order_does_not_mat
     loss, gradient = loss_and_gradients(online_dpo.pairwise_loss, batch, (0.1, hard_labels))
     batch[2] = batch[2] + 20 * normal(8, 1)
     order = torch.tensor([2, 0, 1])
-    found = loss_and_gradients(online_dpo.pairwise_loss, [x[:, order] for x in batch], (0.1, hard_labels))
+    found = loss_and_gradients(
+        online_dpo.pairwise_loss, [x[:, order] for x in batch], (0.1, hard_labels)
+    )
     torch.testing.assert_close(found, (loss, gradient[:, order]), **CLOSE)
 
 
@@ -566,11 +628,17 @@ def test_online_dpo_with_hard_labels_is_dpo_on_its_own_samples():
     better = rewards.argmax(1)
     assert 0 < better.sum() < 10
     order = torch.stack([better, 1 - better], 1)
-    loss, gradient = loss_and_gradients(online_dpo.pairwise_loss, (logps, ref_logps, rewards), (0.1, True))
+    loss, gradient = loss_and_gradients(
+        online_dpo.pairwise_loss, (logps, ref_logps, rewards), (0.1, True)
+    )
     labelled = [*logps.gather(1, order).T, *ref_logps.gather(1, order).T]
-    dpo_loss, chosen, rejected = loss_and_gradients(dpo.preference_loss, labelled, (0.1, 0.0), (0, 1))
+    dpo_loss, chosen, rejected = loss_and_gradients(
+        dpo.preference_loss, labelled, (0.1, 0.0), (0, 1)
+    )
     torch.testing.assert_close(loss, dpo_loss, **CLOSE)
-    torch.testing.assert_close(gradient.gather(1, order), torch.stack([chosen, rejected], 1), **CLOSE)
+    torch.testing.assert_close(
+        gradient.gather(1, order), torch.stack([chosen, rejected], 1), **CLOSE
+    )
     _, metrics = online_dpo.pairwise_loss(logps, ref_logps, rewards, 0.1, True)
     _, dpo_metrics = dpo.preference_loss(*labelled, 0.1, 0.0)
     for key in ("policy/loss", "rewards/margins", "rewards/accuracies"):
@@ -581,10 +649,16 @@ def test_online_dpo_with_soft_labels_of_one_probability_is_dpo_with_label_smooth
     """r_w − r_l = log((1 − ε)/ε)."""
     _, logps, ref_logps, _ = random_pairs(10, 2)
     rewards = torch.tensor([[math.log(0.7 / 0.3), 0.0]], dtype=torch.float64).expand(10, 2)
-    loss, gradient = loss_and_gradients(online_dpo.pairwise_loss, (logps, ref_logps, rewards), (0.1, False))
+    loss, gradient = loss_and_gradients(
+        online_dpo.pairwise_loss, (logps, ref_logps, rewards), (0.1, False)
+    )
     labelled = (*logps.T, *ref_logps.T)
-    dpo_loss, chosen, rejected = loss_and_gradients(dpo.preference_loss, labelled, (0.1, 0.3), (0, 1))
-    torch.testing.assert_close((loss, gradient), (dpo_loss, torch.stack([chosen, rejected], 1)), **CLOSE)
+    dpo_loss, chosen, rejected = loss_and_gradients(
+        dpo.preference_loss, labelled, (0.1, 0.3), (0, 1)
+    )
+    torch.testing.assert_close(
+        (loss, gradient), (dpo_loss, torch.stack([chosen, rejected], 1)), **CLOSE
+    )
 
 
 # --------------------------------------------------------------------------------------------- DPO, IPO: labelled pairs
@@ -617,7 +691,11 @@ def test_dpo_is_its_formula(spread, beta, smoothing):
     weight = mean(beta * ((1 - smoothing) * sigmoid(-x) - smoothing * sigmoid(x)) for x in z)
     loss, metrics = dpo.preference_loss(*inputs, beta, smoothing)
     torch.testing.assert_close(loss.item(), value, **CLOSE)
-    expected = {"policy/loss": value, "policy/pair_weight_mean": weight, **metrics_of_pairs(inputs, beta)}
+    expected = {
+        "policy/loss": value,
+        "policy/pair_weight_mean": weight,
+        **metrics_of_pairs(inputs, beta),
+    }
     assert_metrics(metrics, expected)
 
 
@@ -633,7 +711,9 @@ def margin_gradient(function, margin, options):
 def test_dpo_with_label_smoothing_asks_for_the_odds_of_the_labels(smoothing):
     """Its minimiser is β (h_w − h_l) = log((1 − ε)/ε)."""
     margin = math.log((1 - smoothing) / smoothing) / 0.1
-    assert margin_gradient(dpo.preference_loss, margin, (0.1, smoothing))[0] == pytest.approx(0, abs=1e-12)
+    assert margin_gradient(dpo.preference_loss, margin, (0.1, smoothing))[0] == pytest.approx(
+        0, abs=1e-12
+    )
 
 
 def test_half_the_labels_wrong_leaves_dpo_at_the_reference():
@@ -649,14 +729,21 @@ def test_ipo_is_its_formula(spread, tau):
     value = mean(x * x for x in excess)
     loss, metrics = ipo.preference_loss(*inputs, tau)
     torch.testing.assert_close(loss.item(), value, **CLOSE)
-    expected = {"policy/loss": value, "policy/pair_weight_mean": -2 * mean(excess), **metrics_of_pairs(inputs, tau)}
+    expected = {
+        "policy/loss": value,
+        "policy/pair_weight_mean": -2 * mean(excess),
+        **metrics_of_pairs(inputs, tau),
+    }
     assert_metrics(metrics, expected)
 
 
 @pytest.mark.parametrize("tau", [0.1, 1.0])
 def test_ipo_with_labels_always_the_same_way_stops_at_its_margin(tau):
     """h_w − h_l = 1/(2τ): there the loss and its gradient are 0; below it pulls up, above it pulls down."""
-    margin, zero = torch.tensor([1 / (2 * tau)], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    margin, zero = (
+        torch.tensor([1 / (2 * tau)], dtype=torch.float64),
+        torch.zeros(1, dtype=torch.float64),
+    )
     assert ipo.preference_loss(margin, zero, zero, zero, tau)[0] == 0
     assert margin_gradient(ipo.preference_loss, margin.item(), (tau,))[0] == 0
     assert margin_gradient(ipo.preference_loss, margin.item() - 0.1, (tau,))[0] < 0
@@ -674,7 +761,9 @@ def test_ipo_with_labels_both_ways_stops_at_the_margin_of_their_probability(tau,
         first, second = h.expand(of), torch.zeros(of, dtype=torch.float64)
         is_right = torch.arange(of) < right
         logps = torch.where(is_right, first, second), torch.where(is_right, second, first)
-        return ipo.preference_loss(*logps, torch.zeros(of).double(), torch.zeros(of).double(), tau)[0]
+        return ipo.preference_loss(*logps, torch.zeros(of).double(), torch.zeros(of).double(), tau)[
+            0
+        ]
 
     h = torch.tensor(optimum, dtype=torch.float64, requires_grad=True)
     loss = loss_of(h)
@@ -738,7 +827,10 @@ def test_the_beta_term_of_mpo_vanishes_at_the_reference():
         for beta in (5.0, 0.0)
     )
     torch.testing.assert_close(with_beta, without, **CLOSE)
-    assert mpo.preference_loss(*logps, *logps, samples, 5.0, 0.01)[1]["policy/preference_kl"].abs() < 1e-12
+    assert (
+        mpo.preference_loss(*logps, *logps, samples, 5.0, 0.01)[1]["policy/preference_kl"].abs()
+        < 1e-12
+    )
     away = [logps[0] + 1, logps[1], *logps, samples]
     assert mpo.preference_loss(*away, 5.0, 0.01)[0] > mpo.preference_loss(*away, 0.0, 0.01)[0]
 
@@ -755,8 +847,12 @@ def test_mpo_raises_the_reference_samples_by_tau_over_their_number(shape):
     """However many there are to a pair, and independently of the pairs."""
     inputs = [*random_labelled(6), normal(*shape)]
     _, *gradients = loss_and_gradients(mpo.preference_loss, inputs, (0.1, 0.03), (0, 1, 4))
-    torch.testing.assert_close(gradients[2], torch.full(shape, -0.03 / math.prod(shape), dtype=torch.float64), **CLOSE)
-    _, *others = loss_and_gradients(mpo.preference_loss, [*inputs[:4], normal(2, seed=1)], (0.1, 0.0), (0, 1))
+    torch.testing.assert_close(
+        gradients[2], torch.full(shape, -0.03 / math.prod(shape), dtype=torch.float64), **CLOSE
+    )
+    _, *others = loss_and_gradients(
+        mpo.preference_loss, [*inputs[:4], normal(2, seed=1)], (0.1, 0.0), (0, 1)
+    )
     torch.testing.assert_close(gradients[:2], others, **CLOSE)
 
 
@@ -772,14 +868,19 @@ def test_exchanging_the_responses_of_mpos_pairs_exchanges_the_label_alone():
     metrics, other_metrics = (mpo.preference_loss(*x, 0.1, 0.01)[1] for x in (pairs, exchanged))
     for key in ("policy/preference_kl", "policy/saturated_frac", "logps/ref_samples"):
         torch.testing.assert_close(metrics[key], other_metrics[key], **CLOSE)
-    torch.testing.assert_close(metrics["policy/preference"], 1 - other_metrics["policy/preference"], **CLOSE)
+    torch.testing.assert_close(
+        metrics["policy/preference"], 1 - other_metrics["policy/preference"], **CLOSE
+    )
 
 
 def test_saturated_pairs_have_an_action_more_probable_than_0_999():
     """log(0.999/0.001) = 6.9068."""
     z = torch.tensor([6.90, 6.91, -6.90, -6.91, 0.0, 300.0, -300.0, 1.0], dtype=torch.float64)
     zeros = torch.zeros_like(z)
-    assert mpo.preference_loss(z, zeros, zeros, zeros, zeros, 0.1, 0.01)[1]["policy/saturated_frac"] == 4 / 8
+    assert (
+        mpo.preference_loss(z, zeros, zeros, zeros, zeros, 0.1, 0.01)[1]["policy/saturated_frac"]
+        == 4 / 8
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ PPO
@@ -798,7 +899,9 @@ def test_gae_is_the_discounted_sum_of_all_that_follows(gamma, lam, seed):
         r, v = rewards[b, :length].tolist(), [*values[b, :length].tolist(), 0.0]
         deltas = [r[t] + gamma * v[t + 1] - v[t] for t in range(length)]
         for t in range(length):
-            expected[b, t] = math.fsum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, length))
+            expected[b, t] = math.fsum(
+                (gamma * lam) ** (s - t) * deltas[s] for s in range(t, length)
+            )
     for filling in (0.0, nan, inf, -inf):
         for form in (mask, mask.long(), mask.double()):
             advantages, returns = ppo.gae(
@@ -847,7 +950,9 @@ def test_ppos_policy_loss_is_its_formula(clip_range, spread):
         return mean(losses)
 
     value = plain(logprobs.tolist(), seen := [])
-    loss, gradient = loss_and_gradients(ppo.policy_loss, (logprobs, old, advantages, mask), (clip_range,))
+    loss, gradient = loss_and_gradients(
+        ppo.policy_loss, (logprobs, old, advantages, mask), (clip_range,)
+    )
     torch.testing.assert_close(loss.item(), value, **CLOSE)
     torch.testing.assert_close(gradient, numerical_gradient(plain, logprobs), **NUMERICAL)
     ratios, stopped = [math.exp(x) for x, _ in seen], [is_clipped for _, is_clipped in seen]
@@ -889,7 +994,8 @@ def test_ppos_value_loss_is_its_formula(clip_range, spread):
         "value/loss": value,
         "value/clipfrac": mean(stopped),
         "value/mean": mean(V for V, *_ in seen),
-        "value/explained_variance": 1 - variance([target - V for V, target, _ in seen]) / variance(targets),
+        "value/explained_variance": 1
+        - variance([target - V for V, target, _ in seen]) / variance(targets),
     }
     assert_metrics(ppo.value_loss(values, old, returns, mask, clip_range)[1], expected)
 
@@ -900,7 +1006,9 @@ def test_ppo_stops_a_token_that_has_moved_far_enough_the_way_its_advantage_wants
     """And never one that has moved the other way, however far."""
     logprobs = torch.tensor([[log_ratio - 30]], dtype=torch.float64)
     old, advantages = torch.full_like(logprobs, -30), torch.full_like(logprobs, A)
-    _, gradient = loss_and_gradients(ppo.policy_loss, (logprobs, old, advantages, torch.ones(1, 1)), (0.2,))
+    _, gradient = loss_and_gradients(
+        ppo.policy_loss, (logprobs, old, advantages, torch.ones(1, 1)), (0.2,)
+    )
     stopped = log_ratio > math.log(1.2) if A > 0 else log_ratio < math.log(0.8)
     assert (gradient.item() == 0) == stopped
     assert (gradient.item() * A < 0) == (not stopped)
@@ -926,8 +1034,15 @@ def test_padding_is_ignored_whatever_it_holds(function, clip_range, filling):
 def test_explained_variance_is_1_for_right_values_and_0_for_their_mean():
     _, _, returns, _, mask = random_tokens()
     centre = torch.full_like(returns, returns[mask].mean())
-    for values, expected in ((returns, 1.0), (returns + 5, 1.0), (centre, 0.0), (2 * centre - returns, -3.0)):
-        found = ppo.value_loss(values, values, returns, mask, 0.2)[1]["value/explained_variance"].item()
+    for values, expected in (
+        (returns, 1.0),
+        (returns + 5, 1.0),
+        (centre, 0.0),
+        (2 * centre - returns, -3.0),
+    ):
+        found = ppo.value_loss(values, values, returns, mask, 0.2)[1][
+            "value/explained_variance"
+        ].item()
         assert found == pytest.approx(expected, abs=1e-12)
 
 
@@ -942,7 +1057,9 @@ def test_scores_are_divided_by_the_standard_deviation_of_all_so_far(dtype, centr
         expected = torch.cat(seen).std().item()
         rewards, scale = ppo.scale_by_std(scores, running)
         assert scale == pytest.approx(expected, rel=1e-6)
-        torch.testing.assert_close(rewards, (scores.double() / expected).clamp(-10, 10), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            rewards, (scores.double() / expected).clamp(-10, 10), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_scaled_scores_are_clipped_at_10():
@@ -972,9 +1089,14 @@ def test_the_reward_models_loss_is_its_formula():
     chosen, rejected = 3 * normal(2, 9)
     rejected[0] = chosen[0]
     margins = (chosen - rejected).tolist()
-    expected = {"rm/loss": mean(-log_sigmoid(x) for x in margins), "rm/accuracy": mean(map(won, margins))}
+    expected = {
+        "rm/loss": mean(-log_sigmoid(x) for x in margins),
+        "rm/accuracy": mean(map(won, margins)),
+    }
     expected |= {"rm/margin": mean(margins)}
-    loss, *gradients = loss_and_gradients(reward_model.bradley_terry_loss, (chosen, rejected), (), (0, 1))
+    loss, *gradients = loss_and_gradients(
+        reward_model.bradley_terry_loss, (chosen, rejected), (), (0, 1)
+    )
     assert loss.item() == pytest.approx(expected["rm/loss"], rel=1e-12)
     slope = torch.tensor([-sigmoid(-x) / 9 for x in margins], dtype=torch.float64)
     torch.testing.assert_close(gradients, [slope, -slope], **CLOSE)
@@ -995,7 +1117,9 @@ def test_the_loss_of_sft_is_a_mean_over_tokens():
     logprobs, _, _, _, mask = random_tokens()
     tokens = logprobs[mask].tolist()
     for filling in (0.0, 1e6):
-        loss, gradient = loss_and_gradients(sft.sft_loss, (beyond(mask, logprobs, filling), mask.long()))
+        loss, gradient = loss_and_gradients(
+            sft.sft_loss, (beyond(mask, logprobs, filling), mask.long())
+        )
         assert loss.item() == pytest.approx(-mean(tokens), rel=1e-12)
         torch.testing.assert_close(gradient, -mask.double() / len(tokens), **CLOSE)
 
@@ -1003,7 +1127,10 @@ def test_the_loss_of_sft_is_a_mean_over_tokens():
 def test_parts_of_a_batch_weighted_by_their_tokens_are_the_whole():
     """And a plain mean of their losses is not."""
     logprobs, _, _, _, mask = random_tokens()
-    whole, parts = sft.sft_loss(logprobs, mask)[0], [sft.sft_loss(*x)[0] for x in zip(logprobs[:, None], mask[:, None])]
+    whole, parts = (
+        sft.sft_loss(logprobs, mask)[0],
+        [sft.sft_loss(*x)[0] for x in zip(logprobs[:, None], mask[:, None])],
+    )
     shares = mask.sum(1) / mask.sum()
     torch.testing.assert_close(
         sum(share * part for share, part in zip(shares.double(), parts)), whole, rtol=1e-6, atol=0

@@ -29,9 +29,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 each_kind = pytest.mark.parametrize("kind", ["policy", "score"])
 
 
-def set_up(shape, kind="policy", train=True, dtype="float32", gradient_checkpointing=False, unfrozen_layers=0):
+def set_up(
+    shape,
+    kind="policy",
+    train=True,
+    dtype="float32",
+    gradient_checkpointing=False,
+    unfrozen_layers=0,
+):
     """The model of this shape, always with the same weights, prepared as load_model does."""
-    args = SimpleNamespace(dtype=dtype, gradient_checkpointing=gradient_checkpointing, unfrozen_layers=unfrozen_layers)
+    args = SimpleNamespace(
+        dtype=dtype, gradient_checkpointing=gradient_checkpointing, unfrozen_layers=unfrozen_layers
+    )
     return set_up_model(build(shape, kind, seed=1), args, train)
 
 
@@ -72,7 +81,9 @@ def test_checkpointing_changes_memory_alone(shape):
     found = []
     for checkpointing in (False, True):
         model, kept = set_up(shape, gradient_checkpointing=checkpointing), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda v, kept=kept: kept.append(v.numel()) or v, lambda v: v):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda v, kept=kept: kept.append(v.numel()) or v, lambda v: v
+        ):
             logprobs = response_logprobs(model, *some_rows(), 0.7)
         found.append((logprobs, gradients_of(model, logprobs), some_samples(model), sum(kept)))
     (logprobs, gradients, samples, kept), (logprobs_, gradients_, samples_, kept_) = found
@@ -88,8 +99,12 @@ def test_checkpointing_changes_memory_alone(shape):
 def test_the_last_layers_and_the_head_are_trained_alone(shape, kind, unfrozen_layers):
     """With the gradients that they have in the whole model. GPT-2's head stays frozen: it is its embedding too."""
     whole, model = set_up(shape, kind), set_up(shape, kind, unfrozen_layers=unfrozen_layers)
-    parts = ("lm_head.", "score.", ".layers.1.", ".h.1.", ".layers.0.", ".h.0.")[: 2 + 2 * unfrozen_layers]
-    assert trained(model) == {name for name in trained(whole) if any(part in f".{name}" for part in parts)}
+    parts = ("lm_head.", "score.", ".layers.1.", ".h.1.", ".layers.0.", ".h.0.")[
+        : 2 + 2 * unfrozen_layers
+    ]
+    assert trained(model) == {
+        name for name in trained(whole) if any(part in f".{name}" for part in parts)
+    }
     expected, found = (gradients_of(part, values_of(part)) for part in (whole, model))
     torch.testing.assert_close(found, {name: expected[name] for name in found})
 
@@ -102,7 +117,9 @@ def test_as_many_layers_are_trained_as_there_are(unfrozen_layers):
 
 def test_a_frozen_model_has_nothing_to_train(shape):
     assert trained(set_up(shape, train=False, unfrozen_layers=1)) == set()
-    assert trained(set_up(shape)) == {name for name, _ in build(shape, "policy", seed=1).named_parameters()}
+    assert trained(set_up(shape)) == {
+        name for name, _ in build(shape, "policy", seed=1).named_parameters()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- bfloat16
@@ -155,7 +172,9 @@ def test_sampling_in_bfloat16_agrees_with_training_but_for_rounding(shape):
     model = set_up(shape, dtype="bfloat16")
     prompts, responses, recorded = some_samples(model)
     difference = (response_logprobs(model, prompts, responses, 1.0) - recorded)[recorded != 0].abs()
-    assert recorded.dtype == torch.float32 and 0 < difference.mean() < 0.05 and difference.max() < 0.5
+    assert (
+        recorded.dtype == torch.float32 and 0 < difference.mean() < 0.05 and difference.max() < 0.5
+    )
 
 
 def test_sampling_in_bfloat16_uses_the_weights_as_they_are(shape):
@@ -174,7 +193,9 @@ def test_sampling_in_bfloat16_uses_the_weights_as_they_are(shape):
 
 
 # ------------------------------------------------------------------------------------------- models that can be loaded
-FLOAT32 = SimpleNamespace(dtype="float32", gradient_checkpointing=False, unfrozen_layers=0, trust_remote_code=False)
+FLOAT32 = SimpleNamespace(
+    dtype="float32", gradient_checkpointing=False, unfrozen_layers=0, trust_remote_code=False
+)
 
 
 def test_a_model_is_loaded_as_it_was_saved(shape, tmp_path):
@@ -205,8 +226,19 @@ def test_a_model_that_changes_its_logits_is_refused(model_class, config_class, c
 
 
 # ------------------------------------------------------------------------------------------------------ runs of scripts
-SMALL = {"num_updates": 1, "minibatch_size": 16, "max_response_tokens": 32, "eval_prompts": 16, "learning_rate": 1e-4}
-ONLINE = {"prompts_per_update": 16, "num_responses": 2, "num_epochs": 2, "reward_model": f"{TINY}/reward_model"}
+SMALL = {
+    "num_updates": 1,
+    "minibatch_size": 16,
+    "max_response_tokens": 32,
+    "eval_prompts": 16,
+    "learning_rate": 1e-4,
+}
+ONLINE = {
+    "prompts_per_update": 16,
+    "num_responses": 2,
+    "num_epochs": 2,
+    "reward_model": f"{TINY}/reward_model",
+}
 
 
 @pytest.fixture
@@ -219,13 +251,19 @@ def run(tmp_path, monkeypatch):
     def run(script, **options):
         folder = tmp_path / f"run_{len(list(tmp_path.iterdir()))}"
         options = SMALL | (ONLINE if script is p3o_v2 else {}) | options
-        script.main(script.Args(model=f"{TINY}/sft", dataset="rows.jsonl", output_dir=str(folder), **options))
+        script.main(
+            script.Args(
+                model=f"{TINY}/sft", dataset="rows.jsonl", output_dir=str(folder), **options
+            )
+        )
         return folder
 
     return run
 
 
-each_script = pytest.mark.parametrize("script", [p3o_v2, sft, reward_model], ids=lambda script: script.__name__)
+each_script = pytest.mark.parametrize(
+    "script", [p3o_v2, sft, reward_model], ids=lambda script: script.__name__
+)
 
 
 def lines(file):
@@ -234,7 +272,10 @@ def lines(file):
 
 def moved(folder, start=TINY / "sft"):
     """{name: how far training has moved a weight}, of those that the starting model has."""
-    before, after = load_file(start / "model.safetensors"), load_file(folder / "model/model.safetensors")
+    before, after = (
+        load_file(start / "model.safetensors"),
+        load_file(folder / "model/model.safetensors"),
+    )
     return {name: after[name] - before[name] for name in before}
 
 
@@ -245,9 +286,15 @@ def norm(weights):
 @each_script
 def test_micro_batches_and_checkpointing_change_rounding_only(script, run):
     """All metrics stay, and what the steps have made of the weights."""
-    whole, *others = (run(script, micro_batch_size=size, gradient_checkpointing=size == 8) for size in (64, 8, 2))
+    whole, *others = (
+        run(script, micro_batch_size=size, gradient_checkpointing=size == 8) for size in (64, 8, 2)
+    )
     (expected,) = lines(whole / "metrics.jsonl")
-    expected = {key: value for key, value in expected.items() if not key.endswith("_per_second") and "time/" not in key}
+    expected = {
+        key: value
+        for key, value in expected.items()
+        if not key.endswith("_per_second") and "time/" not in key
+    }
     assert expected["grad_norm"] > 0
     for other in others:
         (found,) = lines(other / "metrics.jsonl")
@@ -259,19 +306,28 @@ def test_micro_batches_and_checkpointing_change_rounding_only(script, run):
 def test_only_what_is_not_frozen_has_moved(script, run):
     """The last layer: the embedded policy's head is its embedding too, and a reward model's has no start here."""
     movement = moved(run(script, unfrozen_layers=1))
-    assert {name for name in movement if movement[name].any()} == {name for name in movement if ".layers.3." in name}
+    assert {name for name in movement if movement[name].any()} == {
+        name for name in movement if ".layers.3." in name
+    }
 
 
 def test_first_ratios_in_bfloat16_are_1_to_the_bit(run):
     """With one minibatch, whatever the micro-batches; the policy starts at the reference, and is saved in float32."""
     folder = run(p3o_v2, dtype="bfloat16", num_epochs=1, micro_batch_size=8)
     (metrics,), (start, end) = lines(folder / "metrics.jsonl"), lines(folder / "frontier.jsonl")
-    assert metrics["policy/ratio_max"] == metrics["policy/ratio_mean"] == 1 and metrics["policy/approx_kl"] == 0
+    assert (
+        metrics["policy/ratio_max"] == metrics["policy/ratio_mean"] == 1
+        and metrics["policy/approx_kl"] == 0
+    )
     assert start["kl"] == start["kl_k1"] == 0 < end["kl"]
-    assert {v.dtype for v in load_file(folder / "model/model.safetensors").values()} == {torch.float32}
+    assert {v.dtype for v in load_file(folder / "model/model.safetensors").values()} == {
+        torch.float32
+    }
 
 
-@pytest.mark.parametrize("dtype, minibatch_size, rows", [("float32", 4, 0), ("bfloat16", 16, 0), ("bfloat16", 4, 24)])
+@pytest.mark.parametrize(
+    "dtype, minibatch_size, rows", [("float32", 4, 0), ("bfloat16", 16, 0), ("bfloat16", 4, 24)]
+)
 def test_no_forward_is_spent_on_what_is_known(dtype, minibatch_size, rows, run, monkeypatch):
     """log π_old of 16 prompts: recorded while sampling, or in bfloat16 from the first minibatch's own forward."""
     seen, computed = [], p3o_v2.response_logprobs
@@ -282,7 +338,9 @@ def test_no_forward_is_spent_on_what_is_known(dtype, minibatch_size, rows, run, 
         return computed(model, prompts, responses, temperature)
 
     monkeypatch.setattr(p3o_v2, "response_logprobs", response_logprobs)
-    monkeypatch.setattr(p3o_v2, "save_model", lambda *_: None)  # it compares what it saved by a forward of its own
+    monkeypatch.setattr(
+        p3o_v2, "save_model", lambda *_: None
+    )  # it compares what it saved by a forward of its own
     (metrics,) = lines(run(p3o_v2, dtype=dtype, minibatch_size=minibatch_size) / "metrics.jsonl")
     assert len(seen) == rows
     assert 0 <= metrics["val/ratio_init_error"] < (1e-3 if dtype == "float32" else 0.5)

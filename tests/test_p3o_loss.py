@@ -37,7 +37,9 @@ def plain(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_bound):
         for i, j in pairs:
             q = (r[b][i] - r[b][j]) - beta * ((l[b][i] - ref[b][i]) - (l[b][j] - ref[b][j]))
             log_ratio_i, log_ratio_j = l[b][i] - old[b][i], l[b][j] - old[b][j]
-            w = min(max(math.exp(log_ratio_i) * math.exp(log_ratio_j), 1 / ratio_bound), ratio_bound)
+            w = min(
+                max(math.exp(log_ratio_i) * math.exp(log_ratio_j), 1 / ratio_bound), ratio_bound
+            )
             delta = log_ratio_i - log_ratio_j
             loss = -q * w * delta
             clipped_loss = -q * w * min(max(delta, -clip_range), clip_range) if clip_range else loss
@@ -79,7 +81,9 @@ def test_value_gradient_and_metrics_are_those_of_the_formulas(K, clip_range, spr
 def test_the_random_batches_meet_every_case():
     """Both signs of q, products of ratios on both sides of [1/R, R], Δ on both sides of ±ε, clipped or not."""
     seen = plain(*random_batch(B=20, K=3, spread=2.0), 0.05, 0.2, R)[2]
-    assert {(q > 0, is_clipped) for q, _, _, is_clipped in seen} == set(itertools.product([True, False], repeat=2))
+    assert {(q > 0, is_clipped) for q, _, _, is_clipped in seen} == set(
+        itertools.product([True, False], repeat=2)
+    )
     assert {w for _, w, _, _ in seen} >= {R, 1 / R}
     assert {(q > 0, delta > 0) for q, _, delta, _ in seen if abs(delta) > 0.2} == set(
         itertools.product([True, False], repeat=2)
@@ -106,7 +110,9 @@ def test_what_is_added_to_all_scores_of_a_prompt_has_no_effect(K):
     running, shifted_running = [0.0, 0], [0.0, 0]
     for update in range(3):
         logps, old_logps, ref_logps, scores = random_batch(B=6, K=K, seed=update)
-        delta = 20 * torch.randn(6, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(update))
+        delta = 20 * torch.randn(
+            6, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(update)
+        )
         rewards, _ = centre_and_scale(scores, running)
         shifted_rewards, _ = centre_and_scale(scores + delta, shifted_running)
         torch.testing.assert_close(shifted_rewards, rewards, rtol=0, atol=1e-12)
@@ -121,7 +127,9 @@ def test_the_invariance_is_exact_where_the_sums_are(K):
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(-40, 40, (8, K), generator=generator).float() / 8
     delta = torch.randint(-1000, 1000, (8, 1), generator=generator).float()
-    assert torch.equal(centre_and_scale(scores, [0.0, 0])[0], centre_and_scale(scores + delta, [0.0, 0])[0])
+    assert torch.equal(
+        centre_and_scale(scores, [0.0, 0])[0], centre_and_scale(scores + delta, [0.0, 0])[0]
+    )
 
 
 def test_swapping_two_responses_changes_nothing_else():
@@ -179,7 +187,12 @@ def test_on_policy_the_gradient_is_that_of_a_regression_on_reward_differences():
 def enumerable():
     """The policy's five logits, log π_old and log π_ref of the responses, their rewards."""
     normal = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return normal[0].requires_grad_(), normal[1].log_softmax(0), normal[2].log_softmax(0), 2 * normal[3]
+    return (
+        normal[0].requires_grad_(),
+        normal[1].log_softmax(0),
+        normal[2].log_softmax(0),
+        2 * normal[3],
+    )
 
 
 def expected_gradient(logits, old_logps, ref_logps, rewards, beta, clip_range, ratio_bound, K=2):
@@ -187,7 +200,11 @@ def expected_gradient(logits, old_logps, ref_logps, rewards, beta, clip_range, r
     logps, total = logits.log_softmax(0), 0.0
     for draw in itertools.product(range(5), repeat=K):
         row = [x[list(draw)][None] for x in (logps, old_logps, ref_logps, rewards)]
-        total = total + old_logps[list(draw)].sum().exp() * pairwise_loss(*row, beta, clip_range, ratio_bound)[0]
+        total = (
+            total
+            + old_logps[list(draw)].sum().exp()
+            * pairwise_loss(*row, beta, clip_range, ratio_bound)[0]
+        )
     return torch.autograd.grad(total, logits)[0]
 
 
@@ -259,7 +276,9 @@ def test_clipping_stops_a_pair_that_has_moved_far_enough_the_way_q_wants(q, delt
     _, gradient = loss_and_gradient(logps, *others, 0.05, 0.2, R)
     _, metrics = pairwise_loss(logps, *others, 0.05, 0.2, R)
     stopped = delta > 0.2 if q > 0 else delta < -0.2
-    expected = torch.zeros(1, 2) if stopped else torch.tensor([[-0.5 * q, 0.5 * q]])  # w is 1: the ratios cancel
+    expected = (
+        torch.zeros(1, 2) if stopped else torch.tensor([[-0.5 * q, 0.5 * q]])
+    )  # w is 1: the ratios cancel
     torch.testing.assert_close(gradient, expected.double(), **CLOSE)
     assert metrics["policy/clipfrac"] == stopped
 
@@ -295,13 +314,17 @@ def test_centre_and_scale_is_centred_over_the_running_root_mean_square_and_clipp
         expected = math.sqrt(sum_of_squares / degrees)
         assert scale == pytest.approx(expected, rel=1e-12)
         clipped = [[min(max(d / expected, -10.0), 10.0) for d in row] for row in deviations]
-        torch.testing.assert_close(rewards, torch.tensor(clipped, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            rewards, torch.tensor(clipped, dtype=torch.float64), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_the_scale_is_an_unbiased_estimate_of_the_standard_deviation_within_prompts():
     """Prompts of very different means, scores of standard deviation 3 around them."""
     generator = torch.Generator().manual_seed(0)
-    scores = 100 * torch.randn(20_000, 1, generator=generator) + 3 * torch.randn(20_000, 2, generator=generator)
+    scores = 100 * torch.randn(20_000, 1, generator=generator) + 3 * torch.randn(
+        20_000, 2, generator=generator
+    )
     assert centre_and_scale(scores, [0.0, 0])[1] == pytest.approx(3, rel=0.02)
 
 

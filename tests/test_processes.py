@@ -43,7 +43,13 @@ UPDATE_2 = "4"  # the second update's call of the reward: one of the SFT policy'
 def two(script, *args, cwd, **env):
     """A script in two processes: (torchrun's exit code, what all said). It must end by itself."""
     path = script if str(script).endswith(".py") else ROOT / f"{script}.py"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **env,
+    }
     with open(cwd / "said.txt", "w+") as said:
         command = [*TORCHRUN, str(path), *map(str, args)]
         job = subprocess.Popen(command, cwd=cwd, env=env, stdout=said, stderr=subprocess.STDOUT)
@@ -69,7 +75,10 @@ def lines(file):
 
 
 def without_times(rows):
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and "_per_second" not in k} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time/") and "_per_second" not in k}
+        for row in rows
+    ]
 
 
 def checkpoint(folder):
@@ -87,7 +96,10 @@ def assert_same_numbers(one, both, *names):
     assert expected.keys() == found.keys() and len(expected) > 40
     pairs = [(expected[i]["exp_avg"], found[i]["exp_avg"]) for i in expected]
     largest = max(gradient.norm() for gradient, _ in pairs)
-    for gradient, other in pairs:  # of the bias before a reward model's head: 0, scores are compared
+    for (
+        gradient,
+        other,
+    ) in pairs:  # of the bias before a reward model's head: 0, scores are compared
         assert (gradient - other).norm() <= 1e-5 * max(gradient.norm(), 1e-3 * largest)
 
 
@@ -118,7 +130,16 @@ def test_p3o_takes_the_step_of_one_process(tmp_path):
 @pytest.mark.parametrize("updates", [1, 2])
 def test_offline_takes_the_steps_of_one_process(script, updates, rows, tmp_path):
     """The second of two minibatches has a single row, so that one process has none."""
-    options = ["--num-updates", updates, "--dataset", rows, "--minibatch-size", 4, "--max-grad-norm", 0]
+    options = [
+        "--num-updates",
+        updates,
+        "--dataset",
+        rows,
+        "--minibatch-size",
+        4,
+        "--max-grad-norm",
+        0,
+    ]
     options += ["--max-response-tokens", 32]
     run(script, *options, "--output-dir", "one", cwd=tmp_path)
     run_two(script, *options, "--output-dir", "both", cwd=tmp_path)
@@ -128,7 +149,10 @@ def test_offline_takes_the_steps_of_one_process(script, updates, rows, tmp_path)
     weights, others = (checkpoint(folder)[0] for folder in (one, both))
     for name, weight in weights.items():
         # Attention does not depend on the bias of its keys: Adam makes steps of what is rounding error.
-        assert name.endswith("key_value.bias") or (weight - others[name]).norm() <= 1e-5 * weight.norm(), name
+        assert (
+            name.endswith("key_value.bias")
+            or (weight - others[name]).norm() <= 1e-5 * weight.norm()
+        ), name
 
 
 def test_ratio_starts_at_one_in_bfloat16(tmp_path):
@@ -151,7 +175,13 @@ def test_only_the_first_process_writes(undisturbed):
     for name in ("frontier.jsonl", "samples.jsonl"):
         assert [row["step"] for row in lines(folder / name)] == [0, 2, 4]
     assert len([*folder.glob("events.out.tfevents.*")]) == 1
-    for sentence in ("run folder ", "after 0 updates:", "after 2 updates:", "after 4 updates:", "saved in "):
+    for sentence in (
+        "run folder ",
+        "after 0 updates:",
+        "after 2 updates:",
+        "after 4 updates:",
+        "saved in ",
+    ):
         assert said.count(sentence) == 1
 
 
@@ -163,7 +193,9 @@ def test_resume_after_sigterm_ends_as_if_nothing_had_been(undisturbed, tmp_path)
     assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
     run_two("p3o_v2", *FOUR_UPDATES, "--resume", cwd=tmp_path)
     for name in ("metrics.jsonl", "frontier.jsonl", "samples.jsonl"):
-        expected, found = (without_times(lines(folder / name)) for folder in (undisturbed[0], tmp_path / "run"))
+        expected, found = (
+            without_times(lines(folder / name)) for folder in (undisturbed[0], tmp_path / "run")
+        )
         assert found == expected
     for expected, found in zip(checkpoint(undisturbed[0]), checkpoint(tmp_path / "run")):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -232,7 +264,12 @@ torch.distributed.destroy_process_group()
 
 def test_a_sharded_model_computes_what_a_whole_one_does(tmp_path):
     (tmp_path / "sharded.py").write_text(SHARDED)
-    _, said = two(tmp_path / "sharded.py", tmp_path, cwd=tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    _, said = two(
+        tmp_path / "sharded.py",
+        tmp_path,
+        cwd=tmp_path,
+        PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    )
     for rank in range(2):
         assert (tmp_path / f"{rank}.json").exists(), said
         found = json.loads((tmp_path / f"{rank}.json").read_text())

@@ -69,7 +69,9 @@ def flags(tmp_path_factory):
 
 def disturbed(script, line, text, number, *args, cwd):
     (cwd / "disturb.py").write_text(DISTURB)
-    code, output = Script(cwd / "disturb.py", line, text, number, ROOT / f"{script}.py", *args, cwd=cwd).wait()
+    code, output = Script(
+        cwd / "disturb.py", line, text, number, ROOT / f"{script}.py", *args, cwd=cwd
+    ).wait()
     assert "Traceback" not in output
     return code, output
 
@@ -77,18 +79,24 @@ def disturbed(script, line, text, number, *args, cwd):
 def rows(file):
     """The rows of a log, without times."""
     found = [json.loads(line) for line in file.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in found]
+    return [
+        {key: value for key, value in row.items() if not key.startswith(TIMES)} for row in found
+    ]
 
 
 def ending(folder):
     """What a run leaves that must not depend on how often it was interrupted: weights, logs without times."""
-    found = {"weights": hashlib.sha256((folder / "model/model.safetensors").read_bytes()).hexdigest()}
+    found = {
+        "weights": hashlib.sha256((folder / "model/model.safetensors").read_bytes()).hexdigest()
+    }
     found |= {file.name: rows(file) for file in folder.glob("*.jsonl")}
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     for tag in events.Tags()["scalars"]:
         found[tag] = sorted((event.step, event.value) for event in events.Scalars(tag))
     for tag in events.Tags()["tensors"]:  # texts
-        found[tag] = sorted((event.step, *event.tensor_proto.string_val) for event in events.Tensors(tag))
+        found[tag] = sorted(
+            (event.step, *event.tensor_proto.string_val) for event in events.Tensors(tag)
+        )
     return {key: value for key, value in found.items() if not key.startswith(TIMES)}
 
 
@@ -129,7 +137,10 @@ def killed_run(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     code, _ = disturbed("p3o_v2", KILL, "00000003.part", 2, *flags["p3o_v2"], cwd=folder)
     assert code == -signal.SIGKILL
-    assert sorted(path.name for path in (folder / "run/checkpoint").iterdir()) == ["00000002", "00000003.part"]
+    assert sorted(path.name for path in (folder / "run/checkpoint").iterdir()) == [
+        "00000002",
+        "00000003.part",
+    ]
     return folder
 
 
@@ -152,7 +163,9 @@ def test_undisturbed_runs_log_every_step_once(endings):
     "script, kills",
     [("p3o_v2", "saving torn saving any any"), ("sft", "saving any"), ("reward_model", "torn any")],
 )
-def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(script, kills, flags, endings, tmp_path):
+def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(
+    script, kills, flags, endings, tmp_path
+):
     """At moments drawn by chance: between two changes to checkpoints, amid writing one of their files, at any time."""
     draw, record = random.Random(script), tmp_path / "run/args.json"
     for kill in kills.split():
@@ -160,14 +173,20 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(script, kills, 
             before = record.stat().st_mtime_ns
             process = Script(script, *flags[script], "--resume", cwd=tmp_path)
             ended = Path(f"{process.output}.code")
-            while record.stat().st_mtime_ns == before and not ended.exists():  # until the script has opened the run
+            while (
+                record.stat().st_mtime_ns == before and not ended.exists()
+            ):  # until the script has opened the run
                 time.sleep(0.01)
             time.sleep(draw.random())
             with suppress(ProcessLookupError):  # if it has ended, so be it
                 os.kill(process.pid, signal.SIGKILL)
             assert process.wait()[0] in (-signal.SIGKILL, 0)
         else:
-            moment = (KILL, "run/checkpoint/", draw.randint(1, 6))  # in the first save or as the second begins
+            moment = (
+                KILL,
+                "run/checkpoint/",
+                draw.randint(1, 6),
+            )  # in the first save or as the second begins
             if kill == "torn":
                 moment = (torn_at(draw.randint(10**5, 4 * 10**6)), "run/checkpoint/", 1)
             code, _ = disturbed(script, *moment, *flags[script], "--resume", cwd=tmp_path)
@@ -178,14 +197,23 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(script, kills, 
 
 @pytest.mark.parametrize(
     "script, name, code",
-    [("p3o_v2", "SIGTERM", 143), ("p3o_v2", "SIGINT", 130), ("sft", "SIGINT", 130), ("reward_model", "SIGTERM", 143)],
+    [
+        ("p3o_v2", "SIGTERM", 143),
+        ("p3o_v2", "SIGINT", 130),
+        ("sft", "SIGINT", 130),
+        ("reward_model", "SIGTERM", 143),
+    ],
 )
-def test_a_stopped_run_saves_a_checkpoint_and_says_how_to_go_on(script, name, code, flags, endings, tmp_path):
+def test_a_stopped_run_saves_a_checkpoint_and_says_how_to_go_on(
+    script, name, code, flags, endings, tmp_path
+):
     options = [*flags[script], "--save-every", 0]
     signalled = f"os.kill(os.getpid(), signal.{name})"
     found, output = disturbed(script, signalled, "metrics.jsonl", 2, *options, cwd=tmp_path)
     assert found == code
-    assert [line.partition(":")[0] for line in output.splitlines() if "--resume" in line] == ["stopped after 2 updates"]
+    assert [line.partition(":")[0] for line in output.splitlines() if "--resume" in line] == [
+        "stopped after 2 updates"
+    ]
     assert "stopping after this update" in output  # at once, so that nobody presses again
     assert [path.name for path in (tmp_path / "run/checkpoint").iterdir()] == ["00000002"]
     assert not (tmp_path / "run/model").exists()
@@ -232,7 +260,9 @@ def test_a_run_with_other_settings_is_not_resumed(flags, killed):
 
 def test_resume_begins_where_there_is_nothing_and_overwrite_anew(flags, endings, killed, tmp_path):
     for folder, option in ((tmp_path, "--resume"), (killed, "--overwrite")):
-        assert "resumed" not in run("p3o_v2", *flags["p3o_v2"], "--num-updates", 1, option, cwd=folder)
+        assert "resumed" not in run(
+            "p3o_v2", *flags["p3o_v2"], "--num-updates", 1, option, cwd=folder
+        )
         (row,) = rows(folder / "run/metrics.jsonl")
         assert row == endings["p3o_v2"]["metrics.jsonl"][0]
         assert [path.name for path in (folder / "run/checkpoint").iterdir()] == ["00000001"]
@@ -265,7 +295,10 @@ def change(file, **values):
 def another_runs_checkpoint(last):
     """That of a run which differs in --beta alone: its record, and its event file's name."""
     state = torch.load(last / "state.pt")
-    files = {f"{name}.other" if "tfevents" in name else name: size for name, size in state["files"].items()}
+    files = {
+        f"{name}.other" if "tfevents" in name else name: size
+        for name, size in state["files"].items()
+    }
     change(last / "state.pt", args={**state["args"], "beta": 0.3}, files=files)
 
 
@@ -277,7 +310,10 @@ def another_runs_checkpoint(last):
         (lambda last: cut(last / "optimizer.bin"), ["checkpoint/00000002"]),
         (lambda last: (last / "state.pt").unlink(), ["checkpoint/00000002", "state.pt"]),
         (lambda last: cut(last.parent.parent / "args.json"), ["run/args.json"]),
-        (lambda last: cut(last.parent.parent / "metrics.jsonl"), ["metrics.jsonl, which is lost or was cut short"]),
+        (
+            lambda last: cut(last.parent.parent / "metrics.jsonl"),
+            ["metrics.jsonl, which is lost or was cut short"],
+        ),
         (lambda last: (last.parent.parent / "frontier.jsonl").unlink(), ["frontier.jsonl"]),
         (lambda last: change(last / "state.pt", format=2), ["format 2 (now 1)"]),
         (another_runs_checkpoint, ["beta 0.3 (now 0.2)"]),
@@ -289,15 +325,31 @@ def test_a_damaged_run_is_refused(damage, said, flags, killed):
     refused(*flags["p3o_v2"], "--resume", cwd=killed, said=[*said, "--overwrite"])
 
 
-def test_a_disk_full_again_and_again_ends_the_run_in_a_sentence_and_keeps_the_checkpoint(flags, endings, tmp_path):
+def test_a_disk_full_again_and_again_ends_the_run_in_a_sentence_and_keeps_the_checkpoint(
+    flags, endings, tmp_path
+):
     """While a checkpoint, a log or the model is written; when there is room again, all goes on."""
     for line, text, number, last, said in (
         (FULL, "metrics.jsonl", 2, "00000001", "No space left"),
-        (full_at(10**6), "00000002.part", 1, "00000001", "run/checkpoint/00000002 could not be written"),  # the weights
-        (full_at(3 * 10**6), "00000002.part", 1, "00000001", "run/checkpoint/00000002 could not be written"),  # moments
+        (
+            full_at(10**6),
+            "00000002.part",
+            1,
+            "00000001",
+            "run/checkpoint/00000002 could not be written",
+        ),  # the weights
+        (
+            full_at(3 * 10**6),
+            "00000002.part",
+            1,
+            "00000001",
+            "run/checkpoint/00000002 could not be written",
+        ),  # moments
         (full_at(10**6), "run/model.part", 1, "00000004", "run/model.part could not be written"),
     ):
-        code, output = disturbed("p3o_v2", line, text, number, *flags["p3o_v2"], "--resume", cwd=tmp_path)
+        code, output = disturbed(
+            "p3o_v2", line, text, number, *flags["p3o_v2"], "--resume", cwd=tmp_path
+        )
         assert code == 1, output
         sentence, hint, *_ = output.partition("p3o_v2.py: ")[2].splitlines()
         assert said in sentence and "--resume" in hint
@@ -316,7 +368,9 @@ def test_a_disk_full_for_tensorboard_ends_the_run_in_a_sentence(flags, endings, 
 
 
 def test_a_file_in_the_checkpoints_place_ends_the_run_in_a_sentence(flags, tmp_path):
-    code, output = disturbed("p3o_v2", BLOCK, "metrics.jsonl", 1, *flags["p3o_v2"], "--save-every", 2, cwd=tmp_path)
+    code, output = disturbed(
+        "p3o_v2", BLOCK, "metrics.jsonl", 1, *flags["p3o_v2"], "--save-every", 2, cwd=tmp_path
+    )
     assert code == 1
     assert "p3o_v2.py: run/checkpoint/00000002 could not be written" in output
     assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == [1, 2]

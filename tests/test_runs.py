@@ -34,14 +34,30 @@ def p3o_run(tmp_path_factory):
 
 def test_run_folder_holds_what_the_readme_says(p3o_run):
     record = json.loads((p3o_run / "args.json").read_text())
-    assert record["base_name"] == "tiny" and record["args"]["num_updates"] == 3 and "torch" in record["versions"]
+    assert (
+        record["base_name"] == "tiny"
+        and record["args"]["num_updates"] == 3
+        and "torch" in record["versions"]
+    )
     assert [row["step"] for row in lines(p3o_run / "metrics.jsonl")] == [1, 2, 3]
     frontier = lines(p3o_run / "frontier.jsonl")
     assert [point["step"] for point in frontier] == [0, 2, 3]
-    wanted = {"kl", "kl_se", "kl_k1", "reward", "reward_se", "gold", "length", "eos_rate", "win_rate_vs_sft"}
+    wanted = {
+        "kl",
+        "kl_se",
+        "kl_k1",
+        "reward",
+        "reward_se",
+        "gold",
+        "length",
+        "eos_rate",
+        "win_rate_vs_sft",
+    }
     assert all(wanted <= point.keys() for point in frontier)
     samples = lines(p3o_run / "samples.jsonl")
-    assert all(len(row[key]) == 16 for row in samples for key in ("prompts", "responses", "rewards"))
+    assert all(
+        len(row[key]) == 16 for row in samples for key in ("prompts", "responses", "rewards")
+    )
     assert list(p3o_run.glob("events.out.tfevents.*"))
 
 
@@ -68,7 +84,8 @@ def test_same_seed_same_numbers_other_seed_others(p3o_run, tmp_path):
     run("p3o_v2", *SMALL, "--output-dir", "other", "--seed", 2, cwd=tmp_path)
     for name in ("metrics.jsonl", "frontier.jsonl", "samples.jsonl"):
         first, again, other = (
-            without_times(lines(f / name)) for f in (p3o_run, tmp_path / "again", tmp_path / "other")
+            without_times(lines(f / name))
+            for f in (p3o_run, tmp_path / "again", tmp_path / "other")
         )
         assert first == again
         assert first != other
@@ -88,7 +105,9 @@ def test_variants_run(options, tmp_path):
 
 def test_reward_function_is_learned_in_a_few_updates(tmp_path):
     """A reward that a few steps can reach: short responses."""
-    (tmp_path / "my_reward.py").write_text("def f(prompts, responses):\n    return [-len(y) / 10 for y in responses]\n")
+    (tmp_path / "my_reward.py").write_text(
+        "def f(prompts, responses):\n    return [-len(y) / 10 for y in responses]\n"
+    )
     options = "--num-updates 8 --prompts-per-update 32 --eval-every 0 --eval-prompts 64 --learning-rate 1e-3".split()
     run("p3o_v2", *options, "--reward-fn", "my_reward.py:f", cwd=tmp_path)
     start, end = lines(tmp_path / "runs/p3o_v2/tiny/tiny/frontier.jsonl")
@@ -102,7 +121,13 @@ def hh_rows():
     for i in range(60):
         start = f"\n\nHuman: Name a number.\n\nAssistant: Which?\n\nHuman: The one after {i}.\n\nAssistant:"
         rows.append({"chosen": f"{start} It is {i + 1}.", "rejected": f"{start} No."})
-    return [*rows, {"chosen": "\n\nHuman: Hi.\n\nAssistant: Hi.", "rejected": "\n\nHuman: Ho.\n\nAssistant: Ho."}]
+    return [
+        *rows,
+        {
+            "chosen": "\n\nHuman: Hi.\n\nAssistant: Hi.",
+            "rejected": "\n\nHuman: Ho.\n\nAssistant: Ho.",
+        },
+    ]
 
 
 def test_three_stages_find_each_other_on_a_file_of_dialogues(tmp_path):
@@ -116,7 +141,9 @@ def test_three_stages_find_each_other_on_a_file_of_dialogues(tmp_path):
         file.writelines(json.dumps(row) + "\n" for row in hh_rows())
     flags = ["--model", "models/small", "--dataset", "numbers.jsonl.gz"]
 
-    run("sft", *flags, "--data-epochs", 4, "--learning-rate", 1e-3, cwd=tmp_path)  # all chosen responses
+    run(
+        "sft", *flags, "--data-epochs", 4, "--learning-rate", 1e-3, cwd=tmp_path
+    )  # all chosen responses
     rows = [row for row in lines(tmp_path / "runs/sft/numbers/small/evaluations.jsonl")]
     assert rows[-1]["sft/eval_loss"] < 0.8 * rows[0]["sft/eval_loss"]
 
@@ -129,7 +156,9 @@ def test_three_stages_find_each_other_on_a_file_of_dialogues(tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(saved).config.num_labels == 1
 
     said = run("p3o_v2", *flags, *SMALL, cwd=tmp_path)
-    assert "runs/sft/numbers/small/model" in said and "runs/reward_model/numbers/small/model" in said
+    assert (
+        "runs/sft/numbers/small/model" in said and "runs/reward_model/numbers/small/model" in said
+    )
     record = json.loads((tmp_path / "runs/p3o_v2/numbers/small/args.json").read_text())
     assert record["base_name"] == "small"
 
@@ -140,7 +169,10 @@ def test_three_stages_find_each_other_on_a_file_of_dialogues(tmp_path):
         (["--model", "no/such-folder"], "--model no/such-folder: no model is there"),
         (["--dataset", "nothing.jsonl"], "--dataset nothing.jsonl: no dataset is there"),
         (["--reward-fn", "nothing.py:f"], "expected FILE.py:FUNCTION"),
-        (["--dataset", "other.jsonl"], "expected text or messages in chosen; found None (columns: question"),
+        (
+            ["--dataset", "other.jsonl"],
+            "expected text or messages in chosen; found None (columns: question",
+        ),
         (["--max-prompt-tokens", 1], "no train prompts are left"),
         (["--output-dir", "."], "holds files already"),
         (["--num-responses", 1], "--num-responses 1: P3O compares"),
@@ -162,6 +194,8 @@ def test_a_run_is_not_overwritten_unasked(p3o_run):
 
 
 def test_help_is_a_page_with_every_flag():
-    done = subprocess.run([sys.executable, ROOT / "p3o_v2.py", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "p3o_v2.py", "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0
     assert "--clip-range" in done.stdout and "Traceback" not in done.stderr

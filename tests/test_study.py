@@ -53,8 +53,17 @@ def test_tables_and_figures_of_what_needs_data_are_made_of_their_runs(monkeypatc
     parts = {part: study.PARTS[part]() for part in ("labels", "rewards", "scale", "clipping")}
     run = study_figures.stored("seeds")[0]
     frontier = [run["frontier"][i] | {"step": 100 * i} for i in range(7)]
-    runs = {part: [{**run, "settings": x, "frontier": frontier} for x in flags] for part, flags in parts.items()}
-    models = [x[key] for flags in parts.values() for x in flags for key in ("model", "reward_model") if key in x]
+    runs = {
+        part: [{**run, "settings": x, "frontier": frontier} for x in flags]
+        for part, flags in parts.items()
+    }
+    models = [
+        x[key]
+        for flags in parts.values()
+        for x in flags
+        for key in ("model", "reward_model")
+        if key in x
+    ]
     known = {"parameters": 9, "pairs": 1200, "flipped": 30, "rm/eval_accuracy": 0.5}
     files = {**runs, "made": dict.fromkeys(models, known), "limit": study_figures.stored("limit")}
     for name, content in files.items():
@@ -85,7 +94,10 @@ def test_pairs_are_tinys_with_the_labels_that_are_asked_for(tmp_path):
         assert [row["prompt"] for row in found[asked[1:]]] == [row["prompt"] for row in rows]
     assert found[False, 0] == rows
     gold = study_data.gold.gold_reward
-    right = [gold([r["prompt"]], [r["chosen"]]) > gold([r["prompt"]], [r["rejected"]]) for r in found[True, 0]]
+    right = [
+        gold([r["prompt"]], [r["chosen"]]) > gold([r["prompt"]], [r["rejected"]])
+        for r in found[True, 0]
+    ]
     assert all(right)
     for by_gold in (False, True):
         pairs = zip(found[by_gold, 0], found[by_gold, 30])
@@ -98,9 +110,9 @@ def test_variances_are_those_that_are_stored():
     probs, rewards = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([1.0, 0.0, -2.0]).double()
     found, shifted = (study_variance.variances(probs, rewards + shift) for shift in (0, 7))
     assert found["PPG"] == pytest.approx(shifted["PPG"]) and shifted["VPG"] > 10 * found["VPG"]
-    samples = torch.multinomial(probs, 400_000, replacement=True, generator=torch.Generator().manual_seed(0)).view(
-        -1, 4
-    )
+    samples = torch.multinomial(
+        probs, 400_000, replacement=True, generator=torch.Generator().manual_seed(0)
+    ).view(-1, 4)
     scores = torch.eye(3).double() - probs
     for K in (2, 4):  # drawn instead of summed
         r, s = rewards[samples[:, :K]], scores[samples[:, :K]]

@@ -97,27 +97,40 @@ def test_gold_reward_of_sft_samples_varies_within_and_between_prompts(samples):
     within = (within / sum(len(group) - 1 for group in groups)).sqrt()
     assert within >= 1
     brief, long = (
-        torch.tensor([value for prompt, value in zip(samples[0], values) if grammar.read_prompt(prompt)[1] == wanted])
+        torch.tensor(
+            [
+                value
+                for prompt, value in zip(samples[0], values)
+                if grammar.read_prompt(prompt)[1] == wanted
+            ]
+        )
         for wanted in (1, 4)
     )
-    assert (long.mean() - brief.mean()).abs() > 4 * (long.var() / len(long) + brief.var() / len(brief)).sqrt()
+    assert (long.mean() - brief.mean()).abs() > 4 * (
+        long.var() / len(long) + brief.var() / len(brief)
+    ).sqrt()
 
 
 def test_reward_model_is_about_as_good_as_the_truth_on_noisy_labels():
     test = rows("test")
     tokenizer = AutoTokenizer.from_pretrained(TINY / "reward_model")
-    model = AutoModelForSequenceClassification.from_pretrained(TINY / "reward_model", dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        TINY / "reward_model", dtype=torch.float32
+    )
 
     def encoded(key, end):
         return [torch.tensor(ids + end) for ids in tokenizer([row[key] for row in test]).input_ids]
 
     def score(key):
         function = p3o_v2.partial(p3o_v2.response_scores, model)
-        return p3o_v2.in_batches(function, encoded("prompt", []), encoded(key, [tokenizer.eos_token_id]), 200)
+        return p3o_v2.in_batches(
+            function, encoded("prompt", []), encoded(key, [tokenizer.eos_token_id]), 200
+        )
 
     prompts = [row["prompt"] for row in test]
     better, worse = (
-        torch.tensor(gold.gold_reward(prompts, [row[key] for row in test])) for key in ("chosen", "rejected")
+        torch.tensor(gold.gold_reward(prompts, [row[key] for row in test]))
+        for key in ("chosen", "rejected")
     )
     gold_accuracy = ((better - worse).sign() / 2 + 0.5).mean()
     accuracy = ((score("chosen") - score("rejected")).sign() / 2 + 0.5).mean()

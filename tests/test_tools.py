@@ -27,7 +27,10 @@ QUICK = "--num-updates 2 --prompts-per-update 4 --minibatch-size 4 --num-epochs 
 QUICK = (QUICK + "--eval-every 0 --eval-prompts 4 --output-dir run").split()
 OFFLINE = "--num-updates 2 --minibatch-size 4 --max-response-tokens 8 --eval-prompts 4 --output-dir run".split()
 PAIRS = "".join((ROOT / "tiny/data/train.jsonl").read_text().splitlines(keepends=True)[:60])
-IDS = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])], [torch.tensor([10, 11, 0]), torch.tensor([12])]
+IDS = (
+    [torch.tensor([5, 6, 7]), torch.tensor([8, 9])],
+    [torch.tensor([10, 11, 0]), torch.tensor([12])],
+)
 
 
 def lines(file):
@@ -57,13 +60,21 @@ def test_the_reference_shares_what_is_frozen(flags, tmp_path, monkeypatch):
 
     def evaluate(policy, reference, *others):
         of_policy = {k.replace(".base_layer", ""): w for k, w in policy.named_parameters()}
-        shared = {k: of_policy[k].data_ptr() == w.data_ptr() for k, w in reference.named_parameters()}
-        assert shared == {k: not of_policy[k].requires_grad for k in shared} and any(shared.values())
+        shared = {
+            k: of_policy[k].data_ptr() == w.data_ptr() for k, w in reference.named_parameters()
+        }
+        assert shared == {k: not of_policy[k].requires_grad for k in shared} and any(
+            shared.values()
+        )
         raise Seen
 
     monkeypatch.setattr(p3o_v2, "evaluate", evaluate)
     with pytest.raises(Seen):
-        p3o_v2.main(p3o_v2.Args(output_dir=str(tmp_path / "run"), eval_prompts=2, max_response_tokens=4, **flags))
+        p3o_v2.main(
+            p3o_v2.Args(
+                output_dir=str(tmp_path / "run"), eval_prompts=2, max_response_tokens=4, **flags
+            )
+        )
 
 
 @pytest.mark.parametrize("script, flags", [("p3o_v2", QUICK), ("dpo", OFFLINE)])
@@ -72,7 +83,9 @@ def test_an_adapter_is_saved_merged_and_refused_unmerged(script, flags, tmp_path
     flags = [*flags, "--dataset", "pairs.jsonl"]
     run(script, *flags, "--lora-rank", 4, "--learning-rate", 1e-2, cwd=tmp_path)
     folder, points = tmp_path / "run/model", lines(tmp_path / "run/frontier.jsonl")
-    assert (folder / "adapter_model.safetensors").stat().st_size < (ROOT / "tiny/sft/model.safetensors").stat().st_size
+    assert (folder / "adapter_model.safetensors").stat().st_size < (
+        ROOT / "tiny/sft/model.safetensors"
+    ).stat().st_size
     assert not (folder / "model.safetensors").exists()
     assert points[0]["kl"] == 0 and points[-1]["kl"] > 1e-4
     found = AutoModelForCausalLM.from_pretrained(folder)(IDS[0][0][None]).logits
@@ -86,7 +99,9 @@ def test_an_adapter_is_saved_merged_and_refused_unmerged(script, flags, tmp_path
 
 
 def test_an_adapter_of_the_embedded_untrained_model_is_refused(tmp_path):
-    assert "--lora-rank: the embedded model starts from" in run("sft", "--lora-rank", 4, cwd=tmp_path, code=2)
+    assert "--lora-rank: the embedded model starts from" in run(
+        "sft", "--lora-rank", 4, cwd=tmp_path, code=2
+    )
 
 
 def test_a_new_head_is_trained_beside_the_factors():
@@ -103,34 +118,50 @@ def test_a_new_head_is_trained_beside_the_factors():
 def test_a_quantised_reward_model_is_loaded_as_it_is(dtype, tmp_path, monkeypatch):
     """By the lines of docs/recipes.md. It scores as transformers has it score."""
     text = (ROOT / "docs/recipes.md").read_text()
-    (code,) = re.findall(r"```python\n(from transformers import [^\n]*BitsAndBytesConfig\n.*?)```", text, re.S)
+    (code,) = re.findall(
+        r"```python\n(from transformers import [^\n]*BitsAndBytesConfig\n.*?)```", text, re.S
+    )
     shutil.copytree(ROOT / "tiny/reward_model", tmp_path / "REWARD")
     monkeypatch.chdir(tmp_path)
     exec(code)
     run("p3o_v2", *QUICK, "--reward-model", "REWARD8", "--dtype", dtype, cwd=tmp_path)
-    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("REWARD", "REWARD8")]
+    sizes = [
+        (tmp_path / name / "model.safetensors").stat().st_size for name in ("REWARD", "REWARD8")
+    ]
     assert sizes[1] < 0.6 * sizes[0]
-    model = p3o_v2.load_model(AutoModelForSequenceClassification, "REWARD8", "", "cpu", p3o_v2.Args(dtype=dtype))
+    model = p3o_v2.load_model(
+        AutoModelForSequenceClassification, "REWARD8", "", "cpu", p3o_v2.Args(dtype=dtype)
+    )
     assert {"Linear8bitLt"} < {type(part).__name__ for part in model.modules()}
     model = evaluate.load_frozen(
         AutoModelForSequenceClassification, "REWARD8", "", model.device, evaluate.Args(dtype=dtype)
     )
-    layers = [part.weight.dtype for part in model.modules() if type(part).__name__ == "Linear8bitLt"]
+    layers = [
+        part.weight.dtype for part in model.modules() if type(part).__name__ == "Linear8bitLt"
+    ]
     assert len(layers) == 16 and {*layers} == {torch.int8}
     plain = AutoModelForSequenceClassification.from_pretrained("REWARD8")
     ids = [torch.cat(row)[None] for row in zip(*IDS)]
     expected = torch.stack([plain(row).logits[0, 0] for row in ids])
-    assert torch.allclose(p3o_v2.response_scores(model, *IDS), expected, atol=0.02 if dtype == "float32" else 0.1)
+    assert torch.allclose(
+        p3o_v2.response_scores(model, *IDS), expected, atol=0.02 if dtype == "float32" else 0.1
+    )
 
 
 # ------------------------------------------------------------------------------------------------- a look at the data
-@pytest.mark.parametrize("script, parts", [("p3o_v2", 1), ("ppo", 1), ("dpo", 3), ("sft", 2), ("reward_model", 3)])
+@pytest.mark.parametrize(
+    "script, parts", [("p3o_v2", 1), ("ppo", 1), ("dpo", 3), ("sft", 2), ("reward_model", 3)]
+)
 def test_a_dry_run_shows_rows_and_leaves_nothing(script, parts, tmp_path):
     said = run(script, "--dry-run", cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert said.count("\033[90m\\n|\\n|Human|:|") == 2  # prompts, grey
-    shown = [row for row in said.splitlines() if row.startswith("\033[32m")]  # responses, green, each with its end
-    assert len(shown) == 2 * (parts - 1) and all(row.endswith("|<|endoftext|>\033[0m") for row in shown)
+    shown = [
+        row for row in said.splitlines() if row.startswith("\033[32m")
+    ]  # responses, green, each with its end
+    assert len(shown) == 2 * (parts - 1) and all(
+        row.endswith("|<|endoftext|>\033[0m") for row in shown
+    )
     assert said.count("tokens: shortest, 5 %, median, 95 %, longest") == parts
     assert "GiB for weights, gradients and AdamW" in said
 
@@ -146,14 +177,29 @@ def test_a_dry_run_shows_the_spaces(capsys):
 
 def test_the_memory_of_a_dry_run(capsys):
     """Four times the weights that are trained, once those that are not, once what is shared."""
-    trained, frozen = torch.nn.Linear(2**14, 2**14, bias=False), torch.nn.Linear(2**14, 2**13, bias=False)
+    trained, frozen = (
+        torch.nn.Linear(2**14, 2**14, bias=False),
+        torch.nn.Linear(2**14, 2**13, bias=False),
+    )
     frozen.requires_grad_(False)
-    p3o_v2.show_rows(AutoTokenizer.from_pretrained(f"{p3o_v2.TINY}/sft"), [[IDS[0][0]]], [trained, frozen, frozen])
+    p3o_v2.show_rows(
+        AutoTokenizer.from_pretrained(f"{p3o_v2.TINY}/sft"),
+        [[IDS[0][0]]],
+        [trained, frozen, frozen],
+    )
     assert "4.50 GiB for" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------- more ends
-STOPS = [(), ("",), ("the ",), ("e.", " is"), ("e",), ("endoftext",), ("|", "me a")]  # not the text of an end itself
+STOPS = [
+    (),
+    ("",),
+    ("the ",),
+    ("e.", " is"),
+    ("e",),
+    ("endoftext",),
+    ("|", "me a"),
+]  # not the text of an end itself
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -162,7 +208,8 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(stop):
     tokenizer = AutoTokenizer.from_pretrained(f"{p3o_v2.TINY}/sft")
     policy = AutoModelForCausalLM.from_pretrained(f"{p3o_v2.TINY}/sft").eval()
     prompts = [
-        torch.tensor(tokenizer(f"\n\nHuman: {x}\n\nAssistant:").input_ids) for x in ("Hi", "How do I feed a cat?")
+        torch.tensor(tokenizer(f"\n\nHuman: {x}\n\nAssistant:").input_ids)
+        for x in ("Hi", "How do I feed a cat?")
     ]
     noise = torch.rand(16, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     end, ended = tokenizer.eos_token_id, 0
@@ -178,11 +225,15 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(stop):
         else:
             ended += 1
             assert tokenizer.decode(answer[:-1]) == before and answer[-1] == end
-            kept = max(k for k in range(n + 1) if before.startswith(texts[k]))  # its tokens, as they were sampled
+            kept = max(
+                k for k in range(n + 1) if before.startswith(texts[k])
+            )  # its tokens, as they were sampled
             assert torch.equal(answer[:kept], y[:kept])
     assert ended > 4 if {"the ", " is", "e"} & {*stop} else ended < 4
     if ended > 4:
-        (alone,) = p3o_v2.sample_responses(policy, prompts[1:], noise[11:12], 1.0, [end], tokenizer, stop)
+        (alone,) = p3o_v2.sample_responses(
+            policy, prompts[1:], noise[11:12], 1.0, [end], tokenizer, stop
+        )
         assert torch.equal(alone[0], found[11][0]) and torch.equal(alone[2], found[11][2])
 
 
@@ -205,14 +256,29 @@ def test_rewards_and_samples_stop_before_a_stop_string(script, flags, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(PAIRS)
     flags = [*flags, "--dataset", "pairs.jsonl"]
     run(
-        script, *flags, "--max-response-tokens", 24, "--stop", "o", r"\n\nHuman:", "--reward-fn", "r.py:f", cwd=tmp_path
+        script,
+        *flags,
+        "--max-response-tokens",
+        24,
+        "--stop",
+        "o",
+        r"\n\nHuman:",
+        "--reward-fn",
+        "r.py:f",
+        cwd=tmp_path,
     )
-    assert json.loads((tmp_path / "run/args.json").read_text())["args"]["stop"] == ["o", "\n\nHuman:"]
+    assert json.loads((tmp_path / "run/args.json").read_text())["args"]["stop"] == [
+        "o",
+        "\n\nHuman:",
+    ]
     for row in lines(tmp_path / "run/samples.jsonl"):
         assert not any("o" in y for key in ("sft_responses", "responses") for y in row[key])
         assert row["rewards"] == [len(y) for y in row["responses"]]
     points = lines(tmp_path / "run/frontier.jsonl")
-    assert all(point["eos_rate"] == 1 and point["length"] < 24 for point in points) and points[0]["kl"] == 0
+    assert (
+        all(point["eos_rate"] == 1 and point["length"] < 24 for point in points)
+        and points[0]["kl"] == 0
+    )
     said = run("evaluate", "samples", "run", "--num", 2, "--output", "samples.md", cwd=tmp_path)
     assert "cut at the length limit" not in said
     answers = [part.split("\n")[2] for part in said.split("**run**")[1:]]
@@ -240,7 +306,9 @@ def test_the_limit_is_of_answers(tmp_path):
     (tmp_path / "r.py").write_text(code)
     flags = "--reward-fn r.py:f --num-samples 32 --eval-prompts 2 --max-response-tokens 12 --output-dir limit".split()
     run("evaluate", "limit", *flags, "--stop", "o", cwd=tmp_path)
-    assert "with stop ['o'] (now ['a'])" in run("evaluate", "limit", *flags, "--stop", "a", cwd=tmp_path, code=2)
+    assert "with stop ['o'] (now ['a'])" in run(
+        "evaluate", "limit", *flags, "--stop", "a", cwd=tmp_path, code=2
+    )
 
 
 def test_evaluation_on_hh_stops_at_the_others_turn(tmp_path):
@@ -255,13 +323,27 @@ def test_evaluation_on_hh_stops_at_the_others_turn(tmp_path):
     model = ROOT / "tiny/sft"
     limit = ["--model", model, "--num-samples", 32, "--eval-prompts", 2, "--output-dir", "limit"]
     run("evaluate", "limit", *limit, *flags, cwd=tmp_path)
-    run("evaluate", "compare", model, "tiny", *flags, "--eval-prompts", 2, "--output", "c.json", cwd=tmp_path)
+    run(
+        "evaluate",
+        "compare",
+        model,
+        "tiny",
+        *flags,
+        "--eval-prompts",
+        2,
+        "--output",
+        "c.json",
+        cwd=tmp_path,
+    )
     for file in ("limit/limit.json", "c.json"):
         assert json.loads((tmp_path / file).read_text())["args"]["stop"] == ["\n\nHuman:"]
 
 
 def test_the_stop_string_of_hh():
-    args = [p3o_v2.Args(model="nowhere", dataset=name, device="cpu") for name in ("", "hh", "tldr", "tiny")]
+    args = [
+        p3o_v2.Args(model="nowhere", dataset=name, device="cpu")
+        for name in ("", "hh", "tldr", "tiny")
+    ]
     args.append(p3o_v2.Args(model="nowhere", dataset="hh", device="cpu", stop=("",)))  # none
     for each in args:
         p3o_v2.set_up(each)
@@ -271,7 +353,9 @@ def test_the_stop_string_of_hh():
 def test_a_generation_config_may_name_more_ends(tmp_path, monkeypatch):
     """As docs/recipes.md says, here a full stop: responses end there too."""
     (code,) = re.findall(
-        r"```python\n(from transformers import GenerationConfig\n.*?)```", (ROOT / "docs/recipes.md").read_text(), re.S
+        r"```python\n(from transformers import GenerationConfig\n.*?)```",
+        (ROOT / "docs/recipes.md").read_text(),
+        re.S,
     )
     shutil.copytree(ROOT / "tiny/sft", tmp_path / "MODEL")
     monkeypatch.chdir(tmp_path)
@@ -284,7 +368,9 @@ def test_a_generation_config_may_name_more_ends(tmp_path, monkeypatch):
     prompts = [torch.tensor(tokenizer("\n\nHuman: Hi\n\nAssistant:").input_ids)] * 64
     noise = torch.rand(64, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = [y.tolist() for y, *_ in p3o_v2.sample_responses(policy, prompts, noise, 1.0, end_ids)]
-    assert all(token not in end_ids for y in found for token in y[:-1]) and stop in {y[-1] for y in found}
+    assert all(token not in end_ids for y in found for token in y[:-1]) and stop in {
+        y[-1] for y in found
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- trackers
@@ -350,8 +436,12 @@ print(p3o_v2.find_stage("reward_model", model, "tldr"))
     post = "SUBREDDIT: r/{}\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"
     rows = [{"prompt": post.format(i), "chosen": " Yes.", "rejected": " No."} for i in range(24)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert result.stdout.endswith("runs/reward_model/tldr/pythia-1b/model\n"), result.stdout + result.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.stdout.endswith("runs/reward_model/tldr/pythia-1b/model\n"), (
+        result.stdout + result.stderr
+    )
 
 
 def test_summaries_of_news_are_no_tldr(tmp_path):
@@ -360,12 +450,21 @@ def test_summaries_of_news_are_no_tldr(tmp_path):
     folder.mkdir(parents=True)
     post = "SUBREDDIT: r/{}\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"
     for name, start in (("train", 0), ("validation", 100)):
-        rows = [{"prompt": post.format(start + i), "chosen": " Yes.", "rejected": " No."} for i in range(8)]
-        rows += [{"prompt": f"TITLE: {name}\n\nNews.\n\nTL;DR:", "chosen": " A.", "rejected": " B."}]
+        rows = [
+            {"prompt": post.format(start + i), "chosen": " Yes.", "rejected": " No."}
+            for i in range(8)
+        ]
+        rows += [
+            {"prompt": f"TITLE: {name}\n\nNews.\n\nTL;DR:", "chosen": " A.", "rejected": " B."}
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--model", ROOT / "tiny/sft", "--dataset", "tldr", *OFFLINE]
     said = run("dpo", *flags, cwd=tmp_path)
-    assert "2 rows dropped: of CNN/DM, no Reddit posts" in said and "8 train rows" in said and "8 held-out rows" in said
+    assert (
+        "2 rows dropped: of CNN/DM, no Reddit posts" in said
+        and "8 train rows" in said
+        and "8 held-out rows" in said
+    )
 
 
 def test_models_as_they_lie_on_the_hub(tmp_path):
@@ -374,7 +473,9 @@ def test_models_as_they_lie_on_the_hub(tmp_path):
     policy = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/sft").to(torch.bfloat16)
     judge = AutoModelForSequenceClassification.from_pretrained(ROOT / "tiny/reward_model")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
-    policy.config.pad_token_id = judge.config.pad_token_id = policy.generation_config.pad_token_id = None
+    policy.config.pad_token_id = judge.config.pad_token_id = (
+        policy.generation_config.pad_token_id
+    ) = None
     policy.generation_config.eos_token_id = policy.generation_config.bos_token_id = None
     policy.save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
@@ -383,9 +484,14 @@ def test_models_as_they_lie_on_the_hub(tmp_path):
     judge.config.id2label = {0: "LABEL_0"}
     judge.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
-    for name, absent in (("policy/config", "pad_token_id"), ("policy/generation_config", "eos_token_id")):
+    for name, absent in (
+        ("policy/config", "pad_token_id"),
+        ("policy/generation_config", "eos_token_id"),
+    ):
         file = tmp_path / f"{name}.json"
-        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != absent}))
+        file.write_text(
+            json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != absent})
+        )
     models = ["--model", "policy", "--reward-model", "judge", "--dataset", "tiny"]
     run("p3o_v2", *QUICK, *models, cwd=tmp_path)
     point = lines(tmp_path / "run/frontier.jsonl")[0]

@@ -66,7 +66,11 @@ def texts_of(tokenizer, dataset, script=reward_model, columns=("chosen", "reject
     """The different rows, both parts together, as text with special tokens."""
     args = script.Args(dataset=str(dataset), **options)
     if script is p3o_v2:
-        return {(tokenizer.decode(ids),) for part in script.load_prompts(tokenizer, args) for ids in part}
+        return {
+            (tokenizer.decode(ids),)
+            for part in script.load_prompts(tokenizer, args)
+            for ids in part
+        }
     parts = script.load_rows(tokenizer, [tokenizer.eos_token_id], args, columns)
     return {tuple(tokenizer.decode(ids) for ids in row.values()) for part in parts for row in part}
 
@@ -74,15 +78,24 @@ def texts_of(tokenizer, dataset, script=reward_model, columns=("chosen", "reject
 # ---------------------------------------------------------------------------------------------------------------- data
 @pytest.mark.parametrize("script", [script for script in QUICK if script != "dpo"])
 def test_columns_of_other_names(script, tmp_path):
-    rows = [{"question": row["prompt"], "best": row["chosen"], "chosen": row["rejected"]} for row in PAIRS]
-    file, names = jsonl(tmp_path / "rows.jsonl", rows), ["prompt=question", "chosen=best", "rejected=chosen"]
+    rows = [
+        {"question": row["prompt"], "best": row["chosen"], "chosen": row["rejected"]}
+        for row in PAIRS
+    ]
+    file, names = (
+        jsonl(tmp_path / "rows.jsonl", rows),
+        ["prompt=question", "chosen=best", "rejected=chosen"],
+    )
     said = run(script, *QUICK[script].split(), "--dataset", file, "--map", *names, cwd=tmp_path)
     assert "22 train rows" in said or "22 different train prompts" in said
 
 
 def test_mapped_columns_hold_what_was_mapped(tokenizer, tmp_path):
     """Two names may even change places."""
-    file = jsonl(tmp_path / "rows.jsonl", [{**row, "question": row.pop("prompt")} for row in map(dict, PAIRS)])
+    file = jsonl(
+        tmp_path / "rows.jsonl",
+        [{**row, "question": row.pop("prompt")} for row in map(dict, PAIRS)],
+    )
     names = ("prompt=question", "chosen=rejected", "rejected=chosen")
     found = texts_of(tokenizer, file, map=names)
     assert found == {(f"Say {i}.", " No.<|endoftext|>", " Yes.<|endoftext|>") for i in range(24)}
@@ -91,7 +104,9 @@ def test_mapped_columns_hold_what_was_mapped(tokenizer, tmp_path):
 def test_files_of_all_kinds_hold_the_same(tokenizer, tmp_path):
     data = datasets.Dataset.from_list(PAIRS)
     data.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict(train=data.select(range(20)), test=data.select(range(20, 24))).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict(
+        train=data.select(range(20)), test=data.select(range(20, 24))
+    ).save_to_disk(tmp_path / "two")
     data.to_parquet(tmp_path / "rows.parquet")
     data.to_json(tmp_path / "rows.jsonl.gz", compression="gzip")
     expected = texts_of(tokenizer, jsonl(tmp_path / "rows.jsonl", PAIRS))
@@ -105,11 +120,18 @@ def test_subset_and_split(tokenizer, tmp_path):
     folder = tmp_path / "data"
     for name, start in (("first", 0), ("second", 100)):
         (folder / name).mkdir(parents=True)
-        for split, rows in (("train", range(20)), ("other", range(50, 70)), ("test", range(80, 84))):
+        for split, rows in (
+            ("train", range(20)),
+            ("other", range(50, 70)),
+            ("test", range(80, 84)),
+        ):
             jsonl(folder / name / f"{split}.jsonl", [{"prompt": f"Say {start + i}."} for i in rows])
     configs = "".join(
         f"- config_name: {name}\n  data_files:\n"
-        + "".join(f"  - split: {split}\n    path: {name}/{split}.jsonl\n" for split in ("train", "other", "test"))
+        + "".join(
+            f"  - split: {split}\n    path: {name}/{split}.jsonl\n"
+            for split in ("train", "other", "test")
+        )
         for name in ("first", "second")
     )
     (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
@@ -121,12 +143,26 @@ def test_subset_and_split(tokenizer, tmp_path):
     train, held_out = p3o_v2.load_prompts(tokenizer, args)
     assert set(tokenizer.batch_decode(train)) == {f"Say {i}." for i in range(180, 184)}
     assert set(tokenizer.batch_decode(held_out)) == {f"Say {i}." for i in range(150, 170)}
-    said = run("sft", "--dataset", folder, "--subset", "first", "--split", "train,all", cwd=tmp_path, code=2)
+    said = run(
+        "sft",
+        "--dataset",
+        folder,
+        "--subset",
+        "first",
+        "--split",
+        "train,all",
+        cwd=tmp_path,
+        code=2,
+    )
     assert "--split train,all: --dataset" in said
     for split in ("train,train", "train,test,other"):
-        said = run("sft", "--dataset", folder, "--subset", "first", "--split", split, cwd=tmp_path, code=2)
+        said = run(
+            "sft", "--dataset", folder, "--subset", "first", "--split", split, cwd=tmp_path, code=2
+        )
         assert f"--split {split}: --dataset" in said
-    said = run("sft", "--dataset", folder, "--subset", "first", "--split", "all", cwd=tmp_path, code=2)
+    said = run(
+        "sft", "--dataset", folder, "--subset", "first", "--split", "all", cwd=tmp_path, code=2
+    )
     assert "--split all: --dataset" in said and "has the splits train, other, test" in said
 
 
@@ -137,17 +173,25 @@ def test_which_split_is_trained_on_is_asked_where_none_is_called_train(tokenizer
     datasets.DatasetDict(only=splits["train_sft"]).save_to_disk(tmp_path / "one")
     said = run("p3o_v2", "--dataset", tmp_path / "two", cwd=tmp_path, code=2)
     assert "--split train: --dataset" in said and "has the splits train_prefs, train_sft" in said
-    for flags in ({"dataset": str(tmp_path / "two"), "split": "train_sft"}, {"dataset": str(tmp_path / "one")}):
+    for flags in (
+        {"dataset": str(tmp_path / "two"), "split": "train_sft"},
+        {"dataset": str(tmp_path / "one")},
+    ):
         train, held_out = p3o_v2.load_prompts(tokenizer, p3o_v2.Args(**flags))
         assert (len(train), len(held_out)) == (22, 2)
 
 
 def test_a_prompt_beside_messages_is_their_first_turn(tokenizer, tmp_path):
     """The response is the last message alone."""
-    rows = [{"prompt": f"Hi {i}", "messages": [{"role": "user", "content": f"Hi {i}"}, *SAYS[1:]]} for i in range(24)]
+    rows = [
+        {"prompt": f"Hi {i}", "messages": [{"role": "user", "content": f"Hi {i}"}, *SAYS[1:]]}
+        for i in range(24)
+    ]
     rows = [{**row, "messages": row["messages"] + assistant("No.")} for row in rows]
     file = jsonl(tmp_path / "rows.jsonl", rows)
-    begin = [f"<user>Hi {i}<assistant>Yes?<|endoftext|>\n<user>A cactus?<assistant>" for i in range(24)]
+    begin = [
+        f"<user>Hi {i}<assistant>Yes?<|endoftext|>\n<user>A cactus?<assistant>" for i in range(24)
+    ]
     found = texts_of(tokenizer, file, sft, ("completion",))
     assert found == {(x, "No.<|endoftext|>") for x in begin}
     assert texts_of(tokenizer, file, p3o_v2) == {(x,) for x in begin}
@@ -155,7 +199,9 @@ def test_a_prompt_beside_messages_is_their_first_turn(tokenizer, tmp_path):
 
 def test_a_prompt_that_is_mapped_goes_before_messages(tokenizer, tmp_path):
     rows = [{"question": f"Why {i}?", "messages": [*SAYS, *assistant("No.")]} for i in range(24)]
-    found = texts_of(tokenizer, jsonl(tmp_path / "rows.jsonl", rows), p3o_v2, (), map=("prompt=question",))
+    found = texts_of(
+        tokenizer, jsonl(tmp_path / "rows.jsonl", rows), p3o_v2, (), map=("prompt=question",)
+    )
     assert found == {(f"Why {i}?",) for i in range(24)}
 
 
@@ -167,14 +213,24 @@ def test_a_response_that_has_an_end_gets_no_other(tokenizer, tmp_path):
     file = jsonl(tmp_path / "rows.jsonl", [{**row, "rejected": " No"} for row in PAIRS])
     for script in (reward_model, dpo):
         args = script.Args(model=str(tmp_path / "model"), dataset=str(file))
-        kind = AutoModelForSequenceClassification if script is reward_model else AutoModelForCausalLM
+        kind = (
+            AutoModelForSequenceClassification if script is reward_model else AutoModelForCausalLM
+        )
         model = kind.from_pretrained(args.model)
-        found = script.load_rows(*script.load_tokenizer(args.model, model, args), args, ("chosen", "rejected"))[0][0]
-        assert [tokenizer.decode(found[key]) for key in ("chosen", "rejected")] == [" Yes.", " No<|endoftext|>"]
+        found = script.load_rows(
+            *script.load_tokenizer(args.model, model, args), args, ("chosen", "rejected")
+        )[0][0]
+        assert [tokenizer.decode(found[key]) for key in ("chosen", "rejected")] == [
+            " Yes.",
+            " No<|endoftext|>",
+        ]
 
 
 def test_pairs_that_are_equal_once_they_are_cut_are_dropped(tokenizer, tmp_path, capsys):
-    rows = [{"prompt": f"Say {i}.", "chosen": " Yes. Yes. Yes.", "rejected": " Yes. Yes. No."} for i in range(24)]
+    rows = [
+        {"prompt": f"Say {i}.", "chosen": " Yes. Yes. Yes.", "rejected": " Yes. Yes. No."}
+        for i in range(24)
+    ]
     file = jsonl(tmp_path / "rows.jsonl", rows + PAIRS[:4] + [{**PAIRS[5], "rejected": " Yes."}])
     assert len(texts_of(tokenizer, file, max_response_tokens=4)) == 4
     assert "chosen and rejected are equal" in capsys.readouterr().out
@@ -185,17 +241,37 @@ def test_transformers_scores_a_reward_model_as_the_script_does(room, tmp_path):
     """Also one of GPT-2's kind, whose end of a text is its padding and whose vocabulary has no room for another."""
     tokenizer = a_tokenizer("decoder")
     tokenizer.pad_token = tokenizer.eos_token
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": len(tokenizer) + room}
-    GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=tokenizer.eos_token_id)).save_pretrained(tmp_path / "base")
+    sizes = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 128,
+        "vocab_size": len(tokenizer) + room,
+    }
+    GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=tokenizer.eos_token_id)).save_pretrained(
+        tmp_path / "base"
+    )
     tokenizer.save_pretrained(tmp_path / "base")
     file = jsonl(tmp_path / "rows.jsonl", PAIRS)
-    flags = [*QUICK["reward_model"].split(), "--model", "base", "--dataset", file, "--output-dir", "run"]
+    flags = [
+        *QUICK["reward_model"].split(),
+        "--model",
+        "base",
+        "--dataset",
+        file,
+        "--output-dir",
+        "run",
+    ]
     run("reward_model", *flags, cwd=tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model")
     own = AutoTokenizer.from_pretrained(tmp_path / "run/model")
-    texts = [row["prompt"] + row["chosen"] * n + own.eos_token for n, row in enumerate(PAIRS[:4], 1)]
+    texts = [
+        row["prompt"] + row["chosen"] * n + own.eos_token for n, row in enumerate(PAIRS[:4], 1)
+    ]
     together = model(**own(texts, return_tensors="pt", padding=True)).logits.flatten()
-    prompts, responses = ([own(x, return_tensors="pt").input_ids[0] for x in xs] for xs in (["Say 0."], [" Yes."]))
+    prompts, responses = (
+        [own(x, return_tensors="pt").input_ids[0] for x in xs] for xs in (["Say 0."], [" Yes."])
+    )
     end = torch.tensor([own.eos_token_id])
     found = reward_model.response_scores(model, prompts, [torch.cat((y, end)) for y in responses])
     assert found[0].item() == pytest.approx(together[0].item(), rel=1e-4)
@@ -213,7 +289,8 @@ def test_transformers_scores_a_reward_model_as_the_script_does(room, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, columns", [(p3o_v2, ()), (sft, ("completion",)), (reward_model, ("chosen", "rejected"))]
+    "script, columns",
+    [(p3o_v2, ()), (sft, ("completion",)), (reward_model, ("chosen", "rejected"))],
 )
 def test_held_out_prompts_are_not_trained_on(script, columns, tokenizer, tmp_path, capsys):
     (tmp_path / "data").mkdir()
@@ -234,11 +311,21 @@ def test_held_out_prompts_are_not_trained_on(script, columns, tokenizer, tmp_pat
 
 # ------------------------------------------------------------------------------------------------------------ messages
 FORMS = [
-    lambda i: {"prompt": [*SAYS[:2], user(i)], "chosen": assistant("Yes."), "rejected": assistant("No.")},
-    lambda i: {"chosen": [*SAYS[:2], user(i), *assistant("Yes.")], "rejected": [*SAYS[:2], user(i), *assistant("No.")]},
+    lambda i: {
+        "prompt": [*SAYS[:2], user(i)],
+        "chosen": assistant("Yes."),
+        "rejected": assistant("No."),
+    },
+    lambda i: {
+        "chosen": [*SAYS[:2], user(i), *assistant("Yes.")],
+        "rejected": [*SAYS[:2], user(i), *assistant("No.")],
+    },
     lambda i: (
         {"prompt": [*SAYS[:2], user(i)]}
-        | {key: [*SAYS[:2], user(i), *assistant(y)] for key, y in (("chosen", "Yes."), ("rejected", "No."))}
+        | {
+            key: [*SAYS[:2], user(i), *assistant(y)]
+            for key, y in (("chosen", "Yes."), ("rejected", "No."))
+        }
     ),
     lambda i: {"prompt": [*SAYS[:2], user(i)], "chosen": "Yes.", "rejected": "No."},
 ]
@@ -262,14 +349,20 @@ def test_messages_are_rendered_by_the_template(form, tokenizer, tmp_path):
 def test_a_prompt_of_text_asks_where_the_responses_are_messages(tokenizer, tmp_path):
     """With the prompt repeated in them or not."""
     rows = [{"prompt": f"Say {i}.", "completion": assistant("Yes.")} for i in range(6)]
-    rows += [{"prompt": f"Say {i}.", "completion": [user(i), *assistant("Yes.")]} for i in range(6, 12)]
+    rows += [
+        {"prompt": f"Say {i}.", "completion": [user(i), *assistant("Yes.")]} for i in range(6, 12)
+    ]
     found = texts_of(tokenizer, jsonl(tmp_path / "rows.jsonl", rows), sft, ("completion",))
     assert found == {(f"<user>Say {i}.<assistant>", "Yes.<|endoftext|>") for i in range(12)}
-    assert texts_of(tokenizer, tmp_path / "rows.jsonl", p3o_v2, ()) == {row[:1] for row in found}  # as a policy sees it
+    assert texts_of(tokenizer, tmp_path / "rows.jsonl", p3o_v2, ()) == {
+        row[:1] for row in found
+    }  # as a policy sees it
 
 
 def test_a_column_of_messages_is_a_dialogue_that_ends_with_the_response(tokenizer, tmp_path):
-    file = jsonl(tmp_path / "rows.jsonl", [{"messages": [user(i), *assistant("Yes.")]} for i in range(12)])
+    file = jsonl(
+        tmp_path / "rows.jsonl", [{"messages": [user(i), *assistant("Yes.")]} for i in range(12)]
+    )
     expected = {(f"<user>Say {i}.<assistant>", "Yes.<|endoftext|>") for i in range(12)}
     assert texts_of(tokenizer, file, sft, ("completion",)) == expected
     assert texts_of(tokenizer, file, p3o_v2, ()) == {row[:1] for row in expected}
@@ -281,9 +374,14 @@ def test_a_column_of_messages_is_a_dialogue_that_ends_with_the_response(tokenize
 def test_messages_that_end_with_no_answer_are_refused(script, columns, tokenizer, tmp_path):
     """They are prompts, which --map can say; half of them would be taken for one else."""
     system = {"role": "system", "content": "Be kind."}
-    for rows in ([{"messages": [system, user(i)]} for i in range(12)], [{"messages": [user(i)]} for i in range(12)]):
+    for rows in (
+        [{"messages": [system, user(i)]} for i in range(12)],
+        [{"messages": [user(i)]} for i in range(12)],
+    ):
         file = jsonl(tmp_path / "rows.jsonl", rows)
-        with pytest.raises(script.UserError, match="not the assistant's answer; --map prompt=COLUMN"):
+        with pytest.raises(
+            script.UserError, match="not the assistant's answer; --map prompt=COLUMN"
+        ):
             texts_of(tokenizer, file, script, columns)
         found = texts_of(tokenizer, file, p3o_v2, (), map=("prompt=messages",))
         begin = "<system>Be kind." * (len(rows[0]["messages"]) > 1)
@@ -294,19 +392,26 @@ def test_the_beginning_of_sequence_stands_once(tmp_path):
     """Where the template writes it, the tokenizer does not add another."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
     tokenizer.add_special_tokens({"bos_token": "<s>"})
-    post = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    post = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
     tokenizer.backend_tokenizer.post_processor = post
     tokenizer.chat_template = "{{ bos_token }}" + CHAT
     for name, rows in (("chat", [{"prompt": [user(i)]} for i in range(12)]), ("text", PAIRS)):
         found = texts_of(tokenizer, jsonl(tmp_path / f"{name}.jsonl", rows), p3o_v2, ())
-        assert {text.count("<s>") for (text,) in found} == {1} and all(text.startswith("<s>") for (text,) in found)
+        assert {text.count("<s>") for (text,) in found} == {1} and all(
+            text.startswith("<s>") for (text,) in found
+        )
 
 
 def test_messages_without_a_template_are_refused_with_the_remedy(tmp_path):
     file = jsonl(tmp_path / "rows.jsonl", map(FORMS[0], range(12)))
     for script in ("p3o_v2", "sft"):
         said = run(script, "--dataset", file, cwd=tmp_path, code=2)
-        assert "messages need a chat template, which the tokenizer lacks: pass --chat-template FILE" in said
+        assert (
+            "messages need a chat template, which the tokenizer lacks: pass --chat-template FILE"
+            in said
+        )
     said = run("sft", "--dataset", file, "--chat-template", "no.jinja", cwd=tmp_path, code=2)
     assert "--chat-template no.jinja: no chat template is there" in said
     (tmp_path / "bad.jinja").write_text("{{ raise_exception('Roles must alternate') }}")
@@ -318,7 +423,15 @@ def test_stages_on_messages(tmp_path):
     """The template is saved with the model, so that the stages after it need no flag."""
     file = jsonl(tmp_path / "rows.jsonl", map(FORMS[1], range(12)))
     (tmp_path / "chat.jinja").write_text(CHAT)
-    run("sft", *QUICK["sft"].split(), "--dataset", file, "--chat-template", "chat.jinja", cwd=tmp_path)
+    run(
+        "sft",
+        *QUICK["sft"].split(),
+        "--dataset",
+        file,
+        "--chat-template",
+        "chat.jinja",
+        cwd=tmp_path,
+    )
     model = tmp_path / "runs/sft/rows/tiny/model"
     assert AutoTokenizer.from_pretrained(model).chat_template == CHAT
     flags = ["--model", model, "--reward-model", ROOT / "tiny/reward_model", "--dataset", file]
@@ -329,10 +442,15 @@ def test_stages_on_messages(tmp_path):
 def a_tokenizer(kind):
     """Of an encoder ([CLS] x [SEP] y [SEP], all lower case), or a decoder with tokens other than tiny's."""
     if kind == "encoder":
-        tokenizer, special = Tokenizer(models.WordPiece(unk_token="[UNK]")), ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+        tokenizer, special = (
+            Tokenizer(models.WordPiece(unk_token="[UNK]")),
+            ["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
+        )
         tokenizer.normalizer = normalizers.BertNormalizer()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=120, special_tokens=special, show_progress=False
+        )
     else:
         tokenizer, special = Tokenizer(models.BPE()), ["[END]"]
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -344,7 +462,9 @@ def a_tokenizer(kind):
     if kind == "decoder":
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[END]")
     ends = [("[CLS]", 2), ("[SEP]", 3)]
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends
+    )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
@@ -355,10 +475,21 @@ def a_reward_model(folder, kind, chat_template=None, **options):
     tokenizer.chat_template = chat_template
     options = {"vocab_size": len(tokenizer), "num_labels": 1} | options
     if kind == "encoder":
-        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         model = BertForSequenceClassification(BertConfig(**options, **sizes, initializer_range=0.5))
     else:
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.5}
+        sizes = {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 128,
+            "initializer_range": 0.5,
+        }
         model = GPT2ForSequenceClassification(GPT2Config(**options, **sizes))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -379,19 +510,26 @@ def test_a_reward_model_with_the_policys_tokens_is_taken(kind, tmp_path):
     run("p3o_v2", *QUICK["p3o_v2"].split(), *flags, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("script, kind", [("p3o_v2", "decoder"), ("ppo", "encoder"), ("dpo", "encoder")])
+@pytest.mark.parametrize(
+    "script, kind", [("p3o_v2", "decoder"), ("ppo", "encoder"), ("dpo", "encoder")]
+)
 def test_a_reward_model_with_other_tokens_is_refused_with_the_remedy(script, kind, tmp_path):
     """The policy's ids would mean other words to it, however many tokens it has."""
     a_reward_model(tmp_path / "judge", kind, vocab_size=800)
     flags = ["--dataset", jsonl(tmp_path / "rows.jsonl", PAIRS), "--reward-model", "judge"]
     said = run(script, *flags, cwd=tmp_path, code=2)
     assert (
-        "--reward-model judge: expected a score and the policy's 768 tokens, found 1 and 800 others; see docs" in said
+        "--reward-model judge: expected a score and the policy's 768 tokens, found 1 and 800 others; see docs"
+        in said
     )
 
 
 HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: A cactus?\n\nAssistant:"
-ROWS = [("Hi", " Yes."), (HH, " Give it water, not often."), ("Why? " * 60, " No.")]  # the last is too long for them
+ROWS = [
+    ("Hi", " Yes."),
+    (HH, " Give it water, not often."),
+    ("Why? " * 60, " No."),
+]  # the last is too long for them
 TURNS = ["A cactus?", "Give it water, not often."]
 
 
@@ -435,8 +573,14 @@ def test_the_example_gives_a_decoder_one_text_and_counts_what_it_cuts(classifier
 def test_the_example_writes_dialogues_by_a_chat_template(classifier):
     score, model, own = classifier("decoder", CHAT)
     one = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
-    three = [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, ("Hi", "Hello.", *TURNS))]
-    ids = [own.apply_chat_template(chat, return_tensors="pt", return_dict=True).input_ids for chat in (one, three)]
+    three = [
+        {"role": r, "content": c}
+        for r, c in zip(("user", "assistant") * 2, ("Hi", "Hello.", *TURNS))
+    ]
+    ids = [
+        own.apply_chat_template(chat, return_tensors="pt", return_dict=True).input_ids
+        for chat in (one, three)
+    ]
     assert score(ROWS[:2]) == pytest.approx([model(row).logits.item() for row in ids], rel=1e-5)
 
 
@@ -449,7 +593,14 @@ def test_the_example_refuses_a_dialogue_that_another_template_wrote(classifier):
 @pytest.mark.parametrize("script, kind", [("p3o_v2", "decoder"), ("dpo", "encoder")])
 def test_the_example_as_the_reward_of_a_run(script, kind, tmp_path):
     file, *_ = an_example(tmp_path, kind)
-    flags = ["--dataset", jsonl(tmp_path / "rows.jsonl", PAIRS), "--output-dir", "run", "--reward-fn", f"{file}:score"]
+    flags = [
+        "--dataset",
+        jsonl(tmp_path / "rows.jsonl", PAIRS),
+        "--output-dir",
+        "run",
+        "--reward-fn",
+        f"{file}:score",
+    ]
     run(script, *QUICK[script].split(), *flags, cwd=tmp_path)
     point = json.loads((tmp_path / "run/frontier.jsonl").read_text().splitlines()[0])
     assert point["reward_se"] > 0
@@ -460,16 +611,30 @@ def test_the_example_as_the_reward_of_a_run(script, kind, tmp_path):
 def test_settings_that_are_no_runs(content, tmp_path):
     if content:
         (tmp_path / "args.json").write_text(content)
-    assert "--config args.json: no run " in run("sft", "--config", "args.json", cwd=tmp_path, code=2)
+    assert "--config args.json: no run " in run(
+        "sft", "--config", "args.json", cwd=tmp_path, code=2
+    )
 
 
 def test_a_run_with_the_settings_of_another_and_its_card(tmp_path):
     """Zeros, lists, switches and empty texts too."""
     given = "--seed 3 --weight-decay 0 --adam-betas 0.8 0.9 --truncate-prompts --map completion=chosen".split()
     file = jsonl(tmp_path / "rows.jsonl", PAIRS)
-    run("sft", *QUICK["sft"].split(), "--dataset", file, *given, "--output-dir", "first", cwd=tmp_path)
+    run(
+        "sft",
+        *QUICK["sft"].split(),
+        "--dataset",
+        file,
+        *given,
+        "--output-dir",
+        "first",
+        cwd=tmp_path,
+    )
     run("sft", "--config", "first/args.json", "--seed", 4, "--output-dir", "second", cwd=tmp_path)
-    first, second = (json.loads((tmp_path / name / "args.json").read_text())["args"] for name in ("first", "second"))
+    first, second = (
+        json.loads((tmp_path / name / "args.json").read_text())["args"]
+        for name in ("first", "second")
+    )
     differing = {key for key in first if first[key] != second[key]}
     assert differing == {"seed", "output_dir", "config"} and second["seed"] == 4
     card = (tmp_path / "first/model/README.md").read_text()
@@ -484,20 +649,39 @@ def test_a_run_with_the_settings_of_another_and_its_card(tmp_path):
 
 def test_a_run_ends_when_its_kl_passes_the_target(tmp_path):
     """With its model saved and evaluated, as after its last update."""
-    flags = [*QUICK["p3o_v2"].split(), "--num-updates", 6, "--learning-rate", 3e-3, "--target-kl", 1e-6]
+    flags = [
+        *QUICK["p3o_v2"].split(),
+        "--num-updates",
+        6,
+        "--learning-rate",
+        3e-3,
+        "--target-kl",
+        1e-6,
+    ]
     said = run("p3o_v2", *flags, "--output-dir", "run", cwd=tmp_path)
-    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [row["objective/kl"] > 1e-6 for row in metrics] == [False] * (len(metrics) - 1) + [True] and len(metrics) < 6
+    metrics = [
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["objective/kl"] > 1e-6 for row in metrics] == [False] * (len(metrics) - 1) + [
+        True
+    ] and len(metrics) < 6
     assert f"ends after {len(metrics)} updates: the KL, " in said
     last = json.loads((tmp_path / "run/frontier.jsonl").read_text().splitlines()[-1])
     assert last["step"] == len(metrics) and (tmp_path / "run/model").is_dir()
-    shutil.rmtree(tmp_path / "run/model")  # as if it had been killed when it had written its checkpoint
+    shutil.rmtree(
+        tmp_path / "run/model"
+    )  # as if it had been killed when it had written its checkpoint
     said = run("p3o_v2", *flags, "--output-dir", "run", "--resume", cwd=tmp_path)
-    assert f"ends after {len(metrics)} updates: the KL, " in said and (tmp_path / "run/model").is_dir()
+    assert (
+        f"ends after {len(metrics)} updates: the KL, " in said and (tmp_path / "run/model").is_dir()
+    )
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == len(metrics)
 
 
 def test_a_script_copied_elsewhere_says_where_tiny_is(tmp_path):
     shutil.copy(ROOT / "p3o_v2.py", tmp_path / "mine.py")
     said = run(tmp_path / "mine.py", cwd=tmp_path, code=2)
-    assert "tiny/ lies beside the scripts in the repository: pass --model, --dataset and --reward-fn." in said
+    assert (
+        "tiny/ lies beside the scripts in the repository: pass --model, --dataset and --reward-fn."
+        in said
+    )

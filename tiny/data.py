@@ -17,7 +17,9 @@ import grammar
 
 TRAIN_ROWS, TEST_ROWS = 12_000, 2_000
 TEST_PROMPTS_PER_TOPIC = 10  # of 40; no prompt is in both files
-CLEAR = 2.0  # people are asked about two answers only where their gold rewards differ by this or more
+CLEAR = (
+    2.0  # people are asked about two answers only where their gold rewards differ by this or more
+)
 CERTAINTY = 0.7  # the log-odds of a label are this times that difference
 VOCAB_SIZE = 768
 
@@ -40,7 +42,9 @@ def write_data(folder: str | Path, seed: int) -> list[str]:
     rng = random.Random(seed)
     prompts = {"train": [], "test": []}
     for topic in grammar.TOPICS:
-        of_topic = [prompt for prompt in grammar.all_prompts() if grammar.read_prompt(prompt)[0] == topic]
+        of_topic = [
+            prompt for prompt in grammar.all_prompts() if grammar.read_prompt(prompt)[0] == topic
+        ]
         rng.shuffle(of_topic)
         prompts["test"] += of_topic[:TEST_PROMPTS_PER_TOPIC]
         prompts["train"] += of_topic[TEST_PROMPTS_PER_TOPIC:]
@@ -52,7 +56,11 @@ def write_data(folder: str | Path, seed: int) -> list[str]:
         rows[split] = [make_row(prompt, rng) for prompt in dealt]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
         (Path(folder) / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
-    return [row["prompt"] + row[key] for row in rows["train"] for key in ("completion", "chosen", "rejected")]
+    return [
+        row["prompt"] + row[key]
+        for row in rows["train"]
+        for key in ("completion", "chosen", "rejected")
+    ]
 
 
 def write_tokenizer(folder: str | Path, texts: list[str]) -> PreTrainedTokenizerFast:

@@ -40,7 +40,9 @@ def _gold(prompt: str, response: str) -> float:
     opening = body.pop(0)[1] if body[0][0] == "opening" else None
     closing = body.pop()[1] if body and body[-1][0] == "closing" else None
     steps = [value for kind, value, _ in body if kind == "step"]
-    own = list(dict.fromkeys(index for t, index in steps if t == topic))  # each once, in order of appearance
+    own = list(
+        dict.fromkeys(index for t, index in steps if t == topic)
+    )  # each once, in order of appearance
     unknown = [text for kind, _, text in body if kind == "unknown"]
 
     score = OPENING[opening] + CLOSING[closing]

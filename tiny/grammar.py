@@ -40,7 +40,13 @@ PHRASINGS = (
     "I need to {} today.",
     "My friend wants to {}.",
 )
-LENGTH_WISHES = {"Be brief.": 1, "Keep it short.": 1, "": 2, "Give all the steps.": 4, "Tell me everything.": 4}
+LENGTH_WISHES = {
+    "Be brief.": 1,
+    "Keep it short.": 1,
+    "": 2,
+    "Give all the steps.": 4,
+    "Tell me everything.": 4,
+}
 
 OPENINGS = {
     "polite": (
@@ -51,7 +57,14 @@ OPENINGS = {
         "What a good question!",
         "I would love to help.",
     ),
-    "neutral": ("Okay.", "Here is how.", "Here is what to do.", "This is one way.", "Let us see.", "Do it like this."),
+    "neutral": (
+        "Okay.",
+        "Here is how.",
+        "Here is what to do.",
+        "This is one way.",
+        "Let us see.",
+        "Do it like this.",
+    ),
     "rude": (
         "Not this again.",
         "You should know this.",
@@ -62,8 +75,20 @@ OPENINGS = {
     ),
 }
 CLOSINGS = {
-    "good": ("Hope that helps!", "Good luck!", "You can do it!", "Tell me how it goes.", "Ask me if you need more."),
-    "bad": ("Now go away.", "Do not ask me again.", "I am done here.", "Leave me alone.", "That is all you get."),
+    "good": (
+        "Hope that helps!",
+        "Good luck!",
+        "You can do it!",
+        "Tell me how it goes.",
+        "Ask me if you need more.",
+    ),
+    "bad": (
+        "Now go away.",
+        "Do not ask me again.",
+        "I am done here.",
+        "Leave me alone.",
+        "That is all you get.",
+    ),
 }
 
 # What has nothing to do with any question.
@@ -171,10 +196,19 @@ def make_prompt(topic: str, phrasing: str, wish: str) -> str:
 
 
 # Tables for reading text back.
-PROMPTS = {make_prompt(t, p, w): (t, n) for t in TOPICS for p in PHRASINGS for w, n in LENGTH_WISHES.items()}
+PROMPTS = {
+    make_prompt(t, p, w): (t, n)
+    for t in TOPICS
+    for p in PHRASINGS
+    for w, n in LENGTH_WISHES.items()
+}
 SENTENCES = {
     **{text: ("opening", kind) for kind, texts in OPENINGS.items() for text in texts},
-    **{text: ("step", (topic, i)) for topic, texts in TOPICS.items() for i, text in enumerate(texts)},
+    **{
+        text: ("step", (topic, i))
+        for topic, texts in TOPICS.items()
+        for i, text in enumerate(texts)
+    },
     **{text: ("step", ("small talk", i)) for i, text in enumerate(SMALL_TALK)},
     **{text: ("closing", kind) for kind, texts in CLOSINGS.items() for text in texts},
 }
@@ -225,8 +259,12 @@ def parse(response: str) -> Answer | None:
     """The parts of an answer, or None where the text is not one opening, 1 to 4 steps and at most one closing."""
     pieces = sentences(response)
     kinds = " ".join(kind for kind, _, _ in pieces)
-    if not re.fullmatch(r"opening( step){1,4}( closing)?", kinds) or response != "".join(f" {p[2]}" for p in pieces):
+    if not re.fullmatch(r"opening( step){1,4}( closing)?", kinds) or response != "".join(
+        f" {p[2]}" for p in pieces
+    ):
         return None
     values = [value for _, value, _ in pieces]
     closed = kinds.endswith("closing")
-    return Answer(values[0], tuple(values[1:-1] if closed else values[1:]), values[-1] if closed else None)
+    return Answer(
+        values[0], tuple(values[1:-1] if closed else values[1:]), values[-1] if closed else None
+    )

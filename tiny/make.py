@@ -18,7 +18,12 @@ from pathlib import Path
 
 import torch
 import tyro
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPTNeoXConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPTNeoXConfig,
+)
 
 import data
 import gold
@@ -45,7 +50,11 @@ def make_init(tokenizer):
         num_attention_heads=4,
         intermediate_size=384,
         max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+        },
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -61,8 +70,15 @@ def write_demonstrations(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         rows = [json.loads(line) for line in open(HERE / "data" / f"{split}.jsonl")]
-        answers = [(row["prompt"], row[key]) for key in ("completion", "chosen", "rejected") for row in rows]
-        lines = [json.dumps({"prompt": prompt, "completion": answer}) + "\n" for prompt, answer in answers]
+        answers = [
+            (row["prompt"], row[key])
+            for key in ("completion", "chosen", "rejected")
+            for row in rows
+        ]
+        lines = [
+            json.dumps({"prompt": prompt, "completion": answer}) + "\n"
+            for prompt, answer in answers
+        ]
         (folder / f"{split}.jsonl").write_text("".join(lines))
     return str(folder)
 
@@ -87,10 +103,16 @@ def train(script, seed, options):
 
 def choices(texts, prompts):
     """Shares of polite and rude openings and of on-topic steps among the texts that parse, and the share that does."""
-    parsed = [(grammar.parse(text), grammar.read_prompt(prompt)[0]) for text, prompt in zip(texts, prompts)]
+    parsed = [
+        (grammar.parse(text), grammar.read_prompt(prompt)[0])
+        for text, prompt in zip(texts, prompts)
+    ]
     answers = [(answer, topic) for answer, topic in parsed if answer]
     steps = [step_topic == topic for answer, topic in answers for step_topic, _ in answer.steps]
-    shares = {kind: sum(answer.opening == kind for answer, _ in answers) / len(answers) for kind in ("polite", "rude")}
+    shares = {
+        kind: sum(answer.opening == kind for answer, _ in answers) / len(answers)
+        for kind in ("polite", "rude")
+    }
     return {"parse": len(answers) / len(texts), **shares, "on topic": sum(steps) / len(steps)}
 
 
@@ -101,9 +123,13 @@ def check(seed):
     tokenizer = AutoTokenizer.from_pretrained(HERE / "sft")
     policy = AutoModelForCausalLM.from_pretrained(HERE / "sft", dtype=torch.float32)
     test = [json.loads(line) for line in open(HERE / "data" / "test.jsonl")]
-    prompts = random.Random(seed).choices(list(dict.fromkeys(row["prompt"] for row in test)), k=10_000)
+    prompts = random.Random(seed).choices(
+        list(dict.fromkeys(row["prompt"] for row in test)), k=10_000
+    )
     ids = [torch.tensor(tokenizer(prompt).input_ids) for prompt in prompts]
-    noise = torch.rand(len(ids), 128, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    noise = torch.rand(
+        len(ids), 128, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     texts = []
     for i in range(0, len(ids), 1000):
         part = ids[i : i + 1000], noise[i : i + 1000]
@@ -113,11 +139,14 @@ def check(seed):
     print("SFT policy, 10,000 samples: ", choices(texts, prompts))
     print("its first 1,000 samples:    ", choices(texts[:1000], prompts[:1000]))
     print(
-        "grammar, 10,000 samples:    ", choices([grammar.sample_response(prompt, rng) for prompt in prompts], prompts)
+        "grammar, 10,000 samples:    ",
+        choices([grammar.sample_response(prompt, rng) for prompt in prompts], prompts),
     )
     rewards = torch.tensor(gold.gold_reward(prompts, texts))
     groups = [rewards[[i for i, p in enumerate(prompts) if p == prompt]] for prompt in set(prompts)]
-    within = torch.cat([group - group.mean() for group in groups]).square().sum() / (len(prompts) - len(groups))
+    within = torch.cat([group - group.mean() for group in groups]).square().sum() / (
+        len(prompts) - len(groups)
+    )
     means = torch.tensor([group.mean() for group in groups])
     print(
         f"gold reward of SFT samples: mean {rewards.mean():.2f}, standard deviation within a prompt {within.sqrt():.2f}"
@@ -127,10 +156,17 @@ def check(seed):
     worse = gold.gold_reward([row["prompt"] for row in test], [row["rejected"] for row in test])
     wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(better, worse)) / len(test)
     print(f"gold reward's accuracy on the {len(test):,} held-out noisy pairs: {wins:.1%}")
-    reward_model = AutoModelForSequenceClassification.from_pretrained(HERE / "reward_model", dtype=torch.float32)
-    score = partial(p3o_v2.in_batches, partial(p3o_v2.response_scores, reward_model), batch_size=256)
+    reward_model = AutoModelForSequenceClassification.from_pretrained(
+        HERE / "reward_model", dtype=torch.float32
+    )
+    score = partial(
+        p3o_v2.in_batches, partial(p3o_v2.response_scores, reward_model), batch_size=256
+    )
     x = [torch.tensor(tokenizer(row["prompt"]).input_ids) for row in test]
-    y_w, y_l = ([torch.tensor([*tokenizer(row[key]).input_ids, 0]) for row in test] for key in ("chosen", "rejected"))
+    y_w, y_l = (
+        [torch.tensor([*tokenizer(row[key]).input_ids, 0]) for row in test]
+        for key in ("chosen", "rejected")
+    )
     margins = score(x, y_w) - score(x, y_l)
     print(f"reward model's accuracy on them: {(margins.sign() / 2 + 0.5).mean():.1%}")
     kept = (path for path in HERE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)

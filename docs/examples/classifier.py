@@ -26,16 +26,26 @@ if torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
     model.to("cuda")
 if model.config.num_labels != 1:
     raise ValueError(f"{NAME} has {model.config.num_labels} outputs, expected 1, a score")
-model.config.pad_token_id = None  # of a row alone it is the last token that a decoder is read at, whatever it is
+model.config.pad_token_id = (
+    None  # of a row alone it is the last token that a decoder is read at, whatever it is
+)
 LONGEST = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**30))
-OPTIONS = {"add_special_tokens": not tokenizer.chat_template, "truncation": True, "max_length": LONGEST}
-read = pipeline("text-classification", model, tokenizer=tokenizer, function_to_apply="none", **OPTIONS)
+OPTIONS = {
+    "add_special_tokens": not tokenizer.chat_template,
+    "truncation": True,
+    "max_length": LONGEST,
+}
+read = pipeline(
+    "text-classification", model, tokenizer=tokenizer, function_to_apply="none", **OPTIONS
+)
 
 
 def as_read(prompt, response):
     if tokenizer.chat_template:
         if re.match(r"\s*(system|user)\n", prompt):
-            raise ValueError("the prompt is a dialogue as the policy's template wrote it: let as_read take it apart")
+            raise ValueError(
+                "the prompt is a dialogue as the policy's template wrote it: let as_read take it apart"
+            )
         turns = ["Human", prompt, "Assistant", response]
         if prompt.startswith("\n\nHuman:"):
             turns = re.split(r"\n\n(Human|Assistant):", prompt + response)[1:]
@@ -52,5 +62,7 @@ def score(prompts, responses):
     special = {"add_special_tokens": OPTIONS["add_special_tokens"]}
     cut = sum(len(tokenizer(**row, **special).input_ids) > LONGEST for row in rows)
     if cut:
-        print(f"{cut} of {len(rows)} texts cut on the left to the {LONGEST} tokens that {NAME} reads")
+        print(
+            f"{cut} of {len(rows)} texts cut on the left to the {LONGEST} tokens that {NAME} reads"
+        )
     return [found["score"] for found in read(rows)]
