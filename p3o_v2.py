@@ -116,7 +116,7 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped
     max_response_tokens: int = 128  # longer responses are cut
     # Sizes, over all processes unless noted
-    num_updates: int = 0  # rounds of sampling and training (0: 60 for tiny, or 1000)
+    num_updates: int = 0  # updates (0: online 1000, or 60 for tiny; else by --data-epochs)
     prompts_per_update: int = 32  # prompts per update
     num_responses: int = 4  # responses per prompt, K
     num_epochs: int = 4  # passes over the responses of an update
@@ -127,7 +127,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: by device)
     unfrozen_layers: int = 0  # train only the last layers and an untied head (0: everything)
     gradient_checkpointing: bool = False  # less memory, more compute
-    learning_rate: float = 0.0  # of AdamW, constant (0: 2e-4 for tiny, or 1e-6)
+    learning_rate: float = 0.0  # of AdamW (0: 1e-6, of sft and reward_model 1e-5, more for tiny)
     weight_decay: float = 1e-6  # of AdamW
     adam_betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)

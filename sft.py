@@ -70,14 +70,14 @@ class Args:
     max_response_tokens: int = 128  # longer responses are cut
     # Sizes, over all processes unless noted
     data_epochs: int = 0  # passes over the training data (0: 3 for tiny, or 1)
-    num_updates: int = 0  # optimizer steps (0: those of --data-epochs)
-    minibatch_size: int = 32  # examples per optimizer step
-    micro_batch_size: int = 32  # examples per forward pass of one process
+    num_updates: int = 0  # updates (0: online 1000, or 60 for tiny; else by --data-epochs)
+    minibatch_size: int = 32  # prompts per optimizer step
+    micro_batch_size: int = 32  # prompts per forward pass of one process
     # Optimisation
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: by device)
     unfrozen_layers: int = 0  # train only the last layers and an untied head (0: everything)
     gradient_checkpointing: bool = False  # less memory, more compute
-    learning_rate: float = 0.0  # of AdamW, at its highest (0: 3e-3 for tiny, or 1e-5)
+    learning_rate: float = 0.0  # of AdamW (0: 1e-6, of sft and reward_model 1e-5, more for tiny)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # of the learning rate
     warmup_updates: int = 0  # optimizer steps in which the learning rate rises
     weight_decay: float = 1e-6  # of AdamW
