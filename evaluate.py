@@ -64,7 +64,7 @@ PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.m
 }
 # Settings of a run that leave its curve as it is: runs that differ in these alone are one curve.
 SAME_CURVE = "seed output_dir overwrite resume save_every device debug config dry_run track trust_remote_code".split()
-SAME_CURVE += ["micro_batch_size", "gradient_checkpointing"]
+SAME_CURVE += ["micro_batch_size", "sample_batch_size", "gradient_checkpointing"]
 # What decides, with the model, the held-out prompts and the distribution of the responses to them.
 TASK = "dataset subset split map chat_template max_prompt_tokens truncate_prompts".split()
 TASK += ["max_response_tokens", "stop", "temperature"]
@@ -198,8 +198,10 @@ class RunError(Exception):
 def short_name(path):
     """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
     try:
-        return os.path.basename(os.path.abspath(json.loads((Path(path).parent / "args.json").read_text())["base_name"]))
-    except (OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
+        record = json.loads((Path(path).parent / "args.json").read_text())
+        base = record["base_name"] if "base_name" in record else record["model"].removesuffix("/model")
+        return os.path.basename(os.path.abspath(base))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no record, or none of a run
         return re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", os.path.basename(os.path.abspath(path)))
 
 
@@ -208,12 +210,14 @@ def find_stage(stage, model, dataset):
     a folder, a hub id, or None."""
     if model == "tiny":
         return f"{TINY}/{stage}"
-    run = Path("runs") / stage / short_name(dataset) / short_name(model)
-    with suppress(OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
-        saved = json.loads((run / "args.json").read_text())
-        there, fits = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
-        if fits and there["dataset"] == dataset and (stage != "sft" or there["model"] == model):
-            return f"{run}/model"
+    for name in (Path(dataset).name, short_name(dataset)):  # sft.py and reward_model.py keep its ending
+        run, models = Path("runs") / stage / name / short_name(model), (model, model.removeprefix("EleutherAI/"))
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # no record, or none of a run
+            saved = json.loads((run / "args.json").read_text())
+            there = saved.get("args", saved)
+            fits = short_name(f"{run}/model") == short_name(model) and (run / "model").is_dir()
+            if fits and there["dataset"] == dataset and (stage != "sft" or there["model"] in models):
+                return f"{run}/model"
     size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
     return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
 
@@ -574,16 +578,24 @@ def check(args):
 
 
 def read_record(run):
-    """args.json of a run's folder. Raises UserError."""
+    """args.json of a run's folder, with the settings as "args": p3o_v2.py, sft.py and reward_model.py have them beside
+    the rest. Raises UserError."""
     file = Path(run) / "args.json"
     if not file.is_file():
         what = "no run, it has no args.json" if Path(run).is_dir() else "no such folder"
         raise UserError(f"{run}: {what}; expected the folder of a run, as runs/p3o_v2/tiny/tiny.")
     try:
         record = json.loads(file.read_text())
+        if "args" not in record:
+            settings = {k: v for k, v in record.items() if k not in ("script", "policy", "reward")}
+            settings["stop"] = [""] if record["dataset"] == "hh" else []  # they know none
+            short = re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", record["model"]) and not Path(record["model"]).exists()
+            settings["model"] = "EleutherAI/" * bool(short) + record["model"]
+            record = {k: record[k] for k in ("script", "policy", "reward") if k in record} | {"args": settings}
+            record["base_name"] = short_name(f"{run}/model")
         record["script"], record["args"]["dataset"], record["args"]["model"], record["args"]["seed"]  # noqa: B018
         return record
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}: {error}).") from error
 
 

@@ -185,8 +185,10 @@ def set_up(args):
 def short_name(path):
     """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
     try:
-        return os.path.basename(os.path.abspath(json.loads((Path(path).parent / "args.json").read_text())["base_name"]))
-    except (OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
+        record = json.loads((Path(path).parent / "args.json").read_text())
+        base = record["base_name"] if "base_name" in record else record["model"].removesuffix("/model")
+        return os.path.basename(os.path.abspath(base))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no record, or none of a run
         return re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", os.path.basename(os.path.abspath(path)))
 
 
@@ -195,12 +197,14 @@ def find_stage(stage, model, dataset):
     a folder, a hub id, or None."""
     if model == "tiny":
         return f"{TINY}/{stage}"
-    run = Path("runs") / stage / short_name(dataset) / short_name(model)
-    with suppress(OSError, ValueError, LookupError, TypeError):  # no record, or none of a run
-        saved = json.loads((run / "args.json").read_text())
-        there, fits = saved["args"], saved["base_name"] == short_name(model) and (run / "model").is_dir()
-        if fits and there["dataset"] == dataset and (stage != "sft" or there["model"] == model):
-            return f"{run}/model"
+    for name in (Path(dataset).name, short_name(dataset)):  # sft.py and reward_model.py keep its ending
+        run, models = Path("runs") / stage / name / short_name(model), (model, model.removeprefix("EleutherAI/"))
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # no record, or none of a run
+            saved = json.loads((run / "args.json").read_text())
+            there = saved.get("args", saved)
+            fits = short_name(f"{run}/model") == short_name(model) and (run / "model").is_dir()
+            if fits and there["dataset"] == dataset and (stage != "sft" or there["model"] in models):
+                return f"{run}/model"
     size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
     return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
 

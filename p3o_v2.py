@@ -381,7 +381,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     """
     device = model.device
     B, K, T = noise.shape
-    noise = noise.view(B * K, T).to(device)
+    noise = noise.reshape(B * K, T).to(device)
     ends = torch.tensor(end_ids, device=device)
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     mask = pad([torch.ones_like(prompt) for prompt in prompts]).to(device)
@@ -663,7 +663,7 @@ def main(args):
     eval_prompts, prompts = load_prompts(tokenizer, longest, args)
     data_crc = zlib.crc32(torch.cat(eval_prompts + prompts).numpy())
     eval_size = min(args.eval_prompts, len(eval_prompts)) // world * world
-    eval_prompts = sorted(eval_prompts[:eval_size][rank::world], key=len)
+    eval_prompts = sorted(eval_prompts[:eval_size], key=len)[rank::world]
 
     # Optimizer, and where to start
     optimizer = torch.optim.AdamW(
@@ -738,7 +738,7 @@ def main(args):
         state["update"] = update
         with torch.no_grad(), autocast():
             # 1. The next prompts, and K responses to each from the current policy, π_old
-            batch = sorted([prompts[i] for i in batches[update - 1][rank::world]], key=len)
+            batch = sorted([prompts[i] for i in batches[update - 1]], key=len)[rank::world]
             responses, sampled_logps = sample(policy, batch, K, "sample", update)
 
             # 2. Score them. The mean of a prompt would cancel anyway; without it, the scale (of

@@ -93,7 +93,7 @@ def first_line(error):
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def load_tokenizer(args):
+def open_tokenizer(args):
     """The tokenizer with its chat template, and the BOS text that it puts before a prompt itself.
 
     Returns (None, "") without --tokenizer. Raises UserError, or OSError for the template's file.
@@ -644,7 +644,7 @@ def main(args):
     """Read, convert, divide, write and show a dataset. Raises UserError, OSError."""
     # Phase 1: read
     check_arguments(args)
-    tokenizer, bos = load_tokenizer(args)
+    tokenizer, bos = open_tokenizer(args)
     splits = open_dataset(args)
     names = choose_splits(list(splits), args)
     tables = {kind: read_rows(splits[name]) for kind, name in names.items()}
@@ -748,7 +748,7 @@ if __name__ == "__main__":
         datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
     except (UserError, OSError) as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         sys.exit(2)

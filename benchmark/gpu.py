@@ -27,6 +27,7 @@ import p3o_v2 as p3o
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+autocast = partial(torch.autocast, DEVICE, torch.bfloat16)  # around a forward, as in the scripts
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -48,24 +49,23 @@ class StaticLayer(DynamicLayer):
         self.at = at
 
     def update(self, keys, values, *args, **kwargs):
-        self.keys.index_copy_(2, self.at, keys.to(values.dtype))
-        self.values.index_copy_(2, self.at, values)
+        self.keys.index_copy_(2, self.at, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, self.at, values.to(self.values.dtype))
         return self.keys, self.values
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)
 def graph_sample_responses(model, prompts, noise, temperature, end_ids):
     """What sample_responses returns, for full-attention models: every step has the same shapes and tensors, so that on
     CUDA one is captured as a graph and replayed. No row leaves; the loop ends when all rows have ended."""
-    (N, T), K, device = noise.shape, len(noise) // len(prompts), model.device
-    noise, end_ids = noise.to(device), torch.tensor(end_ids, device=device)
+    (B, K, T), device = noise.shape, model.device
+    N, noise = B * K, noise.view(B * K, T).to(device)
+    end_ids = torch.tensor(end_ids, device=device)
     input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
     mask = pad_sequence(
         [torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left"
     ).to(device)
     cache = DynamicCache(config=model.config)
-    cache.layers = [p3o.InplaceLayer() for _ in cache.layers]
     inputs = {
         "attention_mask": mask,
         "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
@@ -85,7 +85,7 @@ def graph_sample_responses(model, prompts, noise, temperature, end_ids):
     hidden = hidden.float().clone()
 
     def choose():
-        probs = (model.get_output_embeddings()(hidden[:, -1]) / temperature).softmax(-1)
+        probs = p3o.head_logits(model, hidden[:, -1], temperature).softmax(-1)
         cdf = probs.double().cumsum(-1)
         found = torch.searchsorted(cdf, noise.index_select(1, t) * cdf[:, -1:], right=True)
         token.copy_(found.clamp(max=cdf.shape[1] - 1))
@@ -117,9 +117,11 @@ def graph_sample_responses(model, prompts, noise, temperature, end_ids):
         if i % 8 == 0 and ended.all():
             break
     over = F.pad(torch.isin(tokens, end_ids).cumsum(1), (1, 0))[:, :T] > 0
-    return [
-        (y[:n], p[:n]) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), (T - over.sum(1)).tolist())
+    lengths = (T - over.sum(1)).view(B, K).tolist()
+    responses = [
+        [y[:n] for y, n in zip(*group)] for group in zip(tokens.view(B, K, T).cpu(), lengths)
     ]
+    return list(zip(responses, (logprobs * ~over).view(B, K, T)))
 
 
 def seconds(function, trials=3):
@@ -162,8 +164,9 @@ def build(shape, kind, train=False, checkpointing=False):
     )
     auto_class = {"policy": GPTNeoXForCausalLM, "score": GPTNeoXForSequenceClassification}[kind]
     with torch.device(DEVICE):
-        model = auto_class(config_of(shape, num_labels=1)).eval()
-    return p3o.set_up_model(model, settings, train)
+        model = auto_class(config_of(shape, num_labels=1))
+    p3o.set_up_model(model, settings, train)
+    return model
 
 
 def some_ids(count, length):
@@ -173,11 +176,13 @@ def some_ids(count, length):
 def decoding(shape, limits, sampler, prompts, length, tokens):
     """Seconds a step (prompts aside) and the share of the copy bandwidth at which it reads weights and cache."""
     model = build(shape, "policy", train=True)
-    x, noise = some_ids(prompts, length), torch.rand(2 * prompts, tokens, dtype=torch.float64)
-    whole, few = (
-        seconds(lambda n=n: sampler(model, x, noise[:, :n], 1.0, [-1]))
-        for n in (tokens, tokens // 4)
-    )
+    x, noise = some_ids(prompts, length), torch.rand(prompts, 2, tokens, dtype=torch.float64)
+
+    def sample(n):
+        with torch.no_grad(), autocast():
+            sampler(model, x, noise[:, :, :n].contiguous(), 1.0, [-1])
+
+    whole, few = (seconds(partial(sample, n)) for n in (tokens, tokens // 4))
     step = (whole - few) / (tokens - tokens // 4)
     config, rows = model.config, 2 * prompts
     trunk = sum(p.numel() for p in model.base_model.layers.parameters())
@@ -199,9 +204,12 @@ def same_tokens(shape):
     with torch.device(DEVICE):
         model = GPTNeoXForCausalLM(config_of(shape)).eval()
     prompts = [ids[: 9 + i] for i, ids in enumerate(some_ids(8, 24))]
-    inputs = (model, prompts, torch.rand(16, 40, dtype=torch.float64), 1.0, [7])
-    pairs = list(zip(p3o.sample_responses(*inputs), graph_sample_responses(*inputs)))
-    same = [(p, q) for (y, p, _), (z, q) in pairs if torch.equal(y, z)]
+    inputs = (model, prompts, torch.rand(8, 2, 40, dtype=torch.float64), 1.0, [7])
+    with torch.no_grad():
+        found = p3o.sample_responses(*inputs), graph_sample_responses(*inputs)
+    rows = [[row for pair in part for row in zip(*pair)] for part in found]
+    pairs = list(zip(*rows))
+    same = [(p, q) for (y, p), (z, q) in pairs if torch.equal(y, z)]
     difference = max(((p - q).abs().max().item() for p, q in same), default=None)
     return {"same": len(same), "of": len(pairs), "largest_difference": difference}
 
@@ -210,9 +218,16 @@ def training(shape, limits, rows, length, tokens, checkpointing):
     """Forward and backward of pairs: model FLOP/s (recomputation not counted) as a share of the peak."""
     model = build(shape, "policy", train=True, checkpointing=checkpointing)
     prompts, responses = some_ids(rows // 2, length), some_ids(rows, tokens)
+    responses = list(zip(responses[::2], responses[1::2]))
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    wall = seconds(lambda: p3o.response_logprobs(model, prompts, responses, 1.0).sum().backward())
+
+    def step():
+        with autocast():
+            logprobs = p3o.response_logprobs(model, prompts, responses, 1.0)
+        logprobs.sum().backward()
+
+    wall = seconds(step)
     config = model.config
     trunk = sum(p.numel() for p in model.base_model.layers.parameters())
     positions, attended = length + 2 * tokens, length**2 / 2 + 2 * tokens * (length + tokens / 2)
@@ -235,26 +250,21 @@ def update(shape, rows, length, tokens, micro_batch_size):
     policy, reference = build(shape, "policy", True, True), build(shape, "policy")
     scorer, K = build(shape, "score"), 2
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, fused=True)
-    prompts, noise = some_ids(rows // K, length), torch.rand(rows, tokens, dtype=torch.float64)
-    logprobs = partial(p3o.response_logprobs, temperature=1.0)
+    prompts = some_ids(rows // K, length)
+    noise = torch.rand(rows // K, K, tokens, dtype=torch.float64)
+    logps_of = partial(p3o.response_logps, temperature=1.0)
+    size = {"batch_size": micro_batch_size}
 
     def run():
-        y = [row for row, *_ in p3o.sample_responses(policy, prompts, noise, 1.0, [-1])]
-        r = p3o.in_batches(partial(p3o.response_scores, scorer), prompts, y, micro_batch_size).view(
-            -1, K
-        )
-        ref = (
-            p3o.in_batches(partial(logprobs, reference), prompts, y, micro_batch_size)
-            .double()
-            .sum(1)
-            .view(-1, K)
-        )
-        for part in torch.arange(len(prompts)).split(max(1, micro_batch_size // K)):
-            micro = [prompts[b] for b in part], [y[K * b + k] for b in part for k in range(K)]
-            logps = logprobs(policy, *micro).double().sum(1).view(-1, K)
-            p3o.pairwise_loss(logps, logps.detach(), ref[part], r[part].double(), 0.05, 0.2, 10.0)[
-                0
-            ].backward()
+        with torch.no_grad(), autocast():
+            y, _ = zip(*p3o.sample_responses(policy, prompts, noise, 1.0, [-1]))
+            r = p3o.in_batches(partial(p3o.response_scores, scorer), prompts, y, **size)
+            ref = p3o.in_batches(partial(logps_of, reference), prompts, y, **size)
+        for part in torch.arange(len(prompts)).split(micro_batch_size):
+            with autocast():
+                logps = logps_of(policy, [prompts[b] for b in part], [y[b] for b in part])
+            batch = (logps, logps.detach(), ref[part], r[part].double())
+            p3o.pairwise_loss(*batch, 0.05, 0.2, 10.0)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -299,7 +309,7 @@ def main(args, compare):
             for checkpointing in (False, True):
                 name = f"{shape} training {rows} rows{', checkpointing' if checkpointing else ''}"
                 measure(name, training, shape, limits, rows, length, tokens // 2, checkpointing)
-        measure(f"{shape} update, checkpointing", update, shape, B, length, tokens, 4)
+        measure(f"{shape} update, checkpointing", update, shape, B, length, tokens, 2)
     shape = "pythia-1b" if CUDA else "pythia-14m"
     sizes = {"prompts": B, "new_tokens": tokens, "micro_batch_size": 32, "tasks": ("p3o_v2",)}
     measure(

@@ -4,7 +4,7 @@
     python benchmark/kill.py --script all        sft.py and reward_model.py too, 5 kills each
 
 Every kill is SIGKILL from outside: the odd ones at a moment drawn from the length of an update, the even ones while a
-checkpoint is being written, as seen by its unfinished folder. The run is on rows of the embedded world, with a
+checkpoint is being written, as seen by its unfinished file. The run is on rows of the embedded world, with a
 checkpoint after every update, and long enough to be unfinished at every kill. Printed for each kill: how far the run
 was and whether it was inside a save, judged by what the kill left behind. At the end weights, logs (apart from times)
 and TensorBoard's scalars must be equal, bit by bit; exit code 1 if they are not.
@@ -75,7 +75,7 @@ def wait_until(condition, process):
 def kill_once(script, updates, folder, draw, in_save):
     """Start or resume the run and kill it after some updates; what was found, or None if the run had ended."""
     run = folder / "run"
-    record, saves = run / "args.json", run / "checkpoint"
+    record = run / "args.json"
     before = record.stat().st_mtime_ns if record.exists() else 0
     process = start(script, updates, folder, "--resume")
     wait_until(
@@ -86,19 +86,18 @@ def kill_once(script, updates, folder, draw, in_save):
     began = time.monotonic()
     wait_until(lambda: updates_logged(run) >= first + rows, process)
     if in_save:
-        wait_until(lambda: list(saves.glob("*.part")), process)
+        wait_until(lambda: list(run.glob("checkpoint-*.part")), process)
         time.sleep(draw.uniform(0, 0.01))
     else:
         time.sleep(draw.uniform(0, (time.monotonic() - began) / (rows - 1)))
     process.kill()
     if process.wait() >= 0:
         return None
-    parts = sorted(saves.glob("*.part"))
-    whole = sorted(path.name for path in saves.iterdir() if not path.suffix)
+    parts = sorted(run.glob("checkpoint-*.part"))
+    whole = sorted(path.name for path in run.glob("checkpoint-*.pt"))
     where = "outside of saves"
     if parts:
-        files = sorted(path.name for path in parts[-1].iterdir())
-        where = f"inside a save: {parts[-1].name} held {', '.join(files) or 'nothing'}"
+        where = f"inside a save: {parts[-1].name} had {parts[-1].stat().st_size:,} bytes"
     elif len(whole) > 1:
         where = f"inside a save: {whole[-1]} was in place, {', '.join(whole[:-1])} not removed"
     at = f"resumed after {first:3} updates, killed after {updates_logged(run):3}"

@@ -19,6 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 ONLINE, PAIRS = ("p3o_v1", "p3o_v2", "ppo", "online_dpo"), ("dpo", "ipo", "mpo", "reward_model")
 GIB = 2**30
+# Scripts of the second plan: a micro-batch is a number of prompts, the policy shares nothing with its reference, the
+# cache is in float32 (rotary keys are, under autocast), logits are made of 128 tokens at a time.
+SECOND_PLAN = ("p3o_v2", "sft", "reward_model")
 # Bytes that a layer keeps for the backward pass, by token and unit of hidden size, measured by torch's hooks on saved
 # tensors (tests/test_docs.py): GPT-NeoX, with a feed-forward part 4 times as wide; Llama, 3.5 times and gated.
 KEPT = {("gpt_neox", 4): 74, ("gpt_neox", 2): 39, ("llama", 4): 98, ("llama", 2): 63}
@@ -47,7 +50,8 @@ class Args:
     num_responses: int = 4
     num_epochs: int = 4
     minibatch_size: int = 0  # 0: the script's own default
-    micro_batch_size: int = 32
+    micro_batch_size: int = 0  # 0: the script's own default
+    sample_batch_size: int = 64
     max_prompt_tokens: int = 512
     max_response_tokens: int = 128
     eval_prompts: int = 256
@@ -83,6 +87,7 @@ def memory(args, config):
     trained, linear, frozen, frozen_linear, tensors = count(model, args.unfrozen_layers)
     hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
     width, online = {"float32": 4, "bfloat16": 2}[args.dtype], args.script in ONLINE
+    second_plan = args.script in SECOND_PLAN
     trained_models = 2 if args.script == "ppo" else 1  # the value model is the second
     still = (
         4 * (frozen - frozen_linear) + width * frozen_linear
@@ -92,6 +97,8 @@ def memory(args, config):
         0 if config.tie_word_embeddings else vocabulary * hidden
     )  # a reward or value model has none
     reward = 0 if args.reward_fn else still + reference - 4 * head
+    if second_plan:
+        reference += still
     n = trained + (trained - head) * (trained_models - 1)
     shards, sharing = max(args.processes, 1), args.sharing
 
@@ -136,6 +143,11 @@ def memory(args, config):
         math.ceil(rows / shards),
         config.num_attention_heads,
     )
+    if second_plan and rows:
+        most = args.sample_batch_size
+        updates = min(math.ceil(args.prompts_per_update / shards), most) * args.num_responses
+        evaluated = min(math.ceil(args.eval_prompts / shards), most)
+        prompts, rows = min(prompts, most), max(updates, evaluated)
     head_size = getattr(config, "head_dim", None) or hidden // heads
     keys = head_size * (getattr(config, "num_key_value_heads", None) or heads)
     kept = KEPT["llama" if getattr(config, "hidden_act", "gelu") == "silu" else "gpt_neox", width]
@@ -143,7 +155,9 @@ def memory(args, config):
     sampling = common(gradients=False) | judges if rows else {}
     if rows:
         tokens = args.max_prompt_tokens + args.max_response_tokens
-        sampling["cache of keys and values"] = 2 * width * layers * keys * rows * tokens
+        sampling["cache of keys and values"] = (
+            2 * (4 if second_plan else width) * layers * keys * rows * tokens
+        )
         reading = prompts * args.max_prompt_tokens * kept * hidden
         sampling["a layer reading the prompts, or drawing tokens"] = max(
             reading, 24 * rows * vocabulary
@@ -151,7 +165,8 @@ def memory(args, config):
 
     # Training: rows are x y_1 … y_K, and x is read once.
     group = args.num_responses if online else 2 if args.script in PAIRS else 1
-    groups = max(1, args.micro_batch_size // group)
+    micro = args.micro_batch_size or (8 if args.script == "p3o_v2" else 32)
+    groups = micro if second_plan else max(1, micro // group)
     groups = min(groups, math.ceil((args.minibatch_size or (8 if online else 32)) / shards))
     tokens = groups * (args.max_prompt_tokens + group * args.max_response_tokens)
     training = common(gradients=True) | (judges if online else {})
@@ -161,7 +176,10 @@ def memory(args, config):
     logits = (
         groups * group * args.max_response_tokens * vocabulary * (args.script != "reward_model")
     )
-    training["logits, in parts"] = 12 * (logits if logits < 2**27 else 2**25)
+    most = 128 * vocabulary if second_plan else 2**25
+    training["logits, in parts"] = 12 * (
+        min(logits, most) if second_plan or logits >= 2**27 else logits
+    )
     return sampling, training
 
 

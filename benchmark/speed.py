@@ -37,6 +37,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 TASKS = ("p3o_v2", "sft", "reward_model")
 ONLINE, PAIRS = ("p3o_v1", "p3o_v2", "ppo", "online_dpo"), ("dpo", "ipo", "mpo")
+PROMPTS = {
+    "p3o_v2": 2,
+    "sft": 1,
+    "reward_model": 2,
+}  # sequences a prompt where micro-batches count prompts
 
 
 @dataclass
@@ -151,11 +156,11 @@ def run_ours(task, args, policy, reward_model, folder):
     script, clock = __import__(task), Clock()
     plain_log, lines = script.log, []
 
-    def log(file, writer, step, values):
-        if file.stem == "metrics":
+    def log(*inputs, **options):
+        if any(isinstance(file, Path) and file.stem == "metrics" for file in inputs):
             clock.tick()
-            lines.append(values)
-        plain_log(file, writer, step, values)
+            lines.append(inputs[-1])
+        plain_log(*inputs, **options)
 
     def stored(
         accelerator, make, **inputs
@@ -185,7 +190,7 @@ def run_ours(task, args, policy, reward_model, folder):
         "dtype": args.dtype,
     }
     options |= {
-        "micro_batch_size": args.micro_batch_size,
+        "micro_batch_size": args.micro_batch_size // PROMPTS.get(task, 1),
         "minibatch_size": args.prompts,
         "learning_rate": 1e-5,
     }
@@ -345,7 +350,7 @@ def run_floor(task, args, policy, reward_model, folder):
         DynamicCache,
     )
 
-    from p3o_v2 import InplaceLayer
+    from p3o_v1 import InplaceLayer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load = {"dtype": torch.float32}

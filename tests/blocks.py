@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("p3o_v2.py", "sft.py", "reward_model.py")
+SCRIPTS = ("p3o_v2.py", "sft.py", "reward_model.py", "prepare_data.py")
 
 
 def is_block(name):

@@ -73,7 +73,7 @@ for line in sys.stdin:
 
 
 class Script:
-    """A script as a process of its own: Script("p3o_v2", "--beta", 0.1, cwd=folder).wait() -> (exit code, output)."""
+    """A script as a process of its own: Script("p3o_v1", "--beta", 0.1, cwd=folder).wait() -> (exit code, output)."""
 
     nursery = None
 
@@ -124,8 +124,8 @@ def run(script, *args, cwd, code=0, **env):
 
 
 def sampled(model, prompts, noise, temperature, end_ids):
-    """sample_responses with noise [B, K, T]: its responses, and their log-probabilities as one tensor padded with 0."""
-    from p3o_v2 import sample_responses
+    """The first plan's sample_responses with noise [B, K, T]: its responses, and their log-probabilities as one tensor padded with 0."""
+    from p3o_v1 import sample_responses
 
     responses, logprobs, _ = zip(
         *sample_responses(model, prompts, noise.flatten(0, 1), temperature, end_ids)

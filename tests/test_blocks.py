@@ -1,4 +1,4 @@
-"""The parts that the scripts share, on tiny random models of five shapes, against plain one-row computations."""
+"""The parts that the scripts of the first plan share, in p3o_v1.py, on tiny random models of five shapes, against plain one-row computations."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerFast
 
-from p3o_v2 import (
+from p3o_v1 import (
     Args,
     in_batches,
     load_prompts,
@@ -24,8 +24,6 @@ from p3o_v2 import (
     response_scores,
     text_reward,
 )
-from reward_model import bradley_terry_loss
-from sft import sft_loss
 
 PROMPT_LENGTHS, RESPONSE_LENGTHS = (1, 9, 4, 2, 6, 3), (7, 2, 1, 12, 5, 3)
 NEVER = [V]  # an end id that no model can sample
@@ -97,7 +95,7 @@ def test_logprobs_are_those_of_plain_forwards(policy, temperature):
     )
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
+@pytest.mark.parametrize("batch_size", [2, 100])
 def test_logprobs_do_not_depend_on_order_and_batching(policy, batch_size):
     prompts, responses = some_rows()
     order = random.Random(batch_size).sample(range(len(prompts)), len(prompts))
@@ -123,7 +121,7 @@ def test_logprobs_do_not_depend_on_the_other_rows_and_the_padding(policy):
             assert (row[len(response) :] == 0).all()
 
 
-@pytest.mark.parametrize("batch_size", [2, 6])
+@pytest.mark.parametrize("batch_size", [2])
 def test_gradients_are_those_of_plain_forwards(policy, batch_size):
     prompts, responses = some_rows()
     weights = torch.randn(6, max(RESPONSE_LENGTHS), generator=torch.Generator().manual_seed(0))
@@ -153,7 +151,7 @@ def each(prompts, K):
     return [x for x in prompts for _ in range(K)]
 
 
-@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("K", [3])
 def test_responses_to_a_prompt_have_the_logprobs_and_gradients_of_plain_forwards(policy, K):
     prompts, responses = shared_rows(K)
     expected = [plain_logprobs(policy, x, y, 0.7) for x, y in zip(each(prompts, K), responses)]
@@ -167,7 +165,7 @@ def test_responses_to_a_prompt_have_the_logprobs_and_gradients_of_plain_forwards
     )
 
 
-@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("K", [3])
 def test_responses_to_a_prompt_have_the_scores_and_gradients_of_plain_forwards(reward_network, K):
     prompts, responses = shared_rows(K)
     rows = zip(each(prompts, K), responses)
@@ -181,7 +179,7 @@ def test_responses_to_a_prompt_have_the_scores_and_gradients_of_plain_forwards(r
     assert_same_gradient(found, expected)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 6, 100])
+@pytest.mark.parametrize("batch_size", [1, 5])
 def test_responses_to_a_prompt_may_come_in_any_batches_and_order(policy, batch_size):
     """A batch of fewer than K rows is taken as one prompt."""
     prompts, responses = shared_rows(2)
@@ -225,7 +223,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+@pytest.mark.parametrize("shape", ["llama"])
 def test_the_logits_of_all_tokens_are_never_in_memory(shape):
     """Nor kept in parts for the backward pass; the gradients are those of a plain computation, which has them all."""
     model = build(shape, "policy", seed=5, vocab_size=60_000)
@@ -262,8 +260,7 @@ def two_end_ids(policy, prompts, noise):
     return counts.topk(4).indices[2:].tolist(), endless
 
 
-@pytest.mark.parametrize("K", [2, 3])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("K, temperature", [(2, 0.7), (3, 1.0)])
 def test_recorded_logprobs_are_those_of_the_responses(policy, K, temperature):
     """Also once trained upon: the first ratios are 1."""
     prompts, noise = some_ids(PROMPT_LENGTHS), some_noise(len(PROMPT_LENGTHS), K, 16)
@@ -371,32 +368,6 @@ def policy_with_first_token(shape, probabilities):
     return model
 
 
-def test_a_million_draws_are_as_softmax_says():
-    """Of 40 frequent tokens and, strewn among them, 2,000 of probability 1e-8, whose group is drawn 20 times."""
-    draws, generator = 1_000_000, torch.Generator().manual_seed(0)
-    frequent = torch.randperm(2040, generator=generator)[:40]
-    probabilities = torch.full((2040,), 1e-8, dtype=torch.float64)
-    probabilities[frequent] = (1 - 2e-5) * torch.randn(
-        40, dtype=torch.float64, generator=generator
-    ).softmax(0)
-    model, counts = policy_with_first_token("llama", probabilities), 0
-    for _ in range(draws // 1000):
-        noise = torch.rand(1, 1000, 1, dtype=torch.float64, generator=generator)
-        responses, _ = sampled(model, some_ids([1]), noise, 1.0, [])
-        counts = counts + torch.bincount(torch.cat(responses), minlength=2040)
-    expected = draws * probabilities
-    rare = torch.stack([draws - counts[frequent].sum(), draws - expected[frequent].sum()])
-    counts, expected = (
-        torch.cat([counts[frequent], rare[:1]]),
-        torch.cat([expected[frequent], rare[1:]]),
-    )
-    assert expected.min() > 19.99 and expected[-1].item() == pytest.approx(20)
-    assert_fits(counts, expected)
-    assert_fits(
-        *(torch.stack([part[:-1].sum(), part[-1]]) for part in (counts, expected))
-    )  # the rare ones by themselves
-
-
 @pytest.mark.parametrize("rare", [1, 2])
 def test_a_rare_token_has_its_share_of_the_noise(shape, rare):
     """Of probability 1e-8, amid the cumulative distribution or at its end: noise around it in steps of 1e-10."""
@@ -492,57 +463,6 @@ def test_gradients_of_scores_are_the_reward_models_own(reward_network):
     )
 
 
-# --------------------------------------------------------------------------------------- losses of SFT and reward model
-def test_sft_loss_is_the_mean_over_response_tokens():
-    lengths = torch.tensor([3, 1, 5])
-    logprobs = -5 * torch.rand(
-        3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
-    mask = torch.arange(5) < lengths[:, None]
-    total = sum(logprobs[row, t].item() for row, n in enumerate(lengths.tolist()) for t in range(n))
-    for mask_type in (torch.bool, torch.long):
-        loss, metrics = sft_loss(logprobs, mask.to(mask_type))
-        assert loss.item() == pytest.approx(-total / 9, rel=1e-12)
-        assert metrics["sft/loss"].item() == loss.item()
-
-
-def test_micro_batches_weighted_by_their_tokens_give_the_gradient_of_the_whole(policy):
-    prompts, responses = some_rows()
-    logprobs = torch.cat([plain_logprobs(policy, x, y, 1.0) for x, y in zip(prompts, responses)])
-    expected = gradient_of(policy, -logprobs.mean())
-    found = 0.0
-    for part in (slice(0, 1), slice(1, 3), slice(3, 6)):
-        y = responses[part]
-        mask = pad_sequence([torch.ones_like(row) for row in y], batch_first=True)
-        loss, _ = sft_loss(response_logprobs(policy, prompts[part], y, 1.0), mask)
-        found = found + gradient_of(policy, loss * (mask.sum() / sum(RESPONSE_LENGTHS)))
-    assert_same_gradient(found, expected)
-
-
-def test_bradley_terry_loss_is_the_mean_of_minus_log_sigmoid():
-    chosen = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
-    rejected = torch.tensor([0.2, 1.0, 0.5, -1.0], dtype=torch.float64)
-    loss, metrics = bradley_terry_loss(chosen, rejected)
-    margins = (chosen - rejected).tolist()
-    assert loss.item() == pytest.approx(
-        sum(math.log(1 + math.exp(-m)) for m in margins) / 4, rel=1e-12
-    )
-    gradient = torch.autograd.grad(loss, chosen)[0]
-    assert gradient.tolist() == pytest.approx(
-        [-1 / (1 + math.exp(m)) / 4 for m in margins], rel=1e-12
-    )
-    assert metrics["rm/accuracy"].item() == (1 + 0 + 0.5 + 1) / 4  # a tie counts half
-    assert metrics["rm/margin"].item() == pytest.approx(sum(margins) / 4)
-    assert not any(value.requires_grad for value in metrics.values())
-
-
-def test_bradley_terry_loss_stays_finite():
-    chosen = torch.tensor([1e4, -1e4], requires_grad=True)
-    loss, _ = bradley_terry_loss(chosen, -chosen.detach())
-    loss.backward()
-    assert loss.item() == pytest.approx(1e4) and chosen.grad.tolist() == [0, -0.5]
-
-
 # ----------------------------------------------------------------------------------------------------- rewards of texts
 def tokenizer_of(kind):
     """A small one that writes a leading space as Pythia does, or as Llama does, whose decoding drops the first."""
@@ -582,16 +502,6 @@ def test_a_reward_function_gets_the_texts(tmp_path, monkeypatch, kind):
     rewards = score(prompts, responses)
     assert json.loads((tmp_path / "seen.json").read_text()) == [*texts]
     torch.testing.assert_close(rewards, torch.tensor([len(y) / 3 for y in texts[1]]))
-
-
-@pytest.mark.parametrize("spec", ["nowhere.py:f", "my_reward.py:g", "my_reward.py"])
-def test_a_reward_function_that_is_not_there_is_a_mistake_of_the_user(tmp_path, monkeypatch, spec):
-    (tmp_path / "my_reward.py").write_text("def f(prompts, responses):\n    return []\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(Exception, match="--reward-fn") as caught:
-        text_reward(spec, "--reward-fn", None)
-    assert type(caught.value).__name__ == "UserError"
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

@@ -1,24 +1,24 @@
-"""What README.md and docs/ say: the flags exist, links lead somewhere, examples apply and run, figures are computed."""
+"""What README.md and docs/ say: the flags exist, links lead somewhere, recipes run, figures are computed."""
 
 import ast
-import importlib.util
 import json
 import re
 import runpy
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import tyro
-from conftest import Script, build, run
+from conftest import build, run
 from transformers import AutoConfig, AutoModelForCausalLM
+
+import p3o_v1
+import p3o_v2
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -118,73 +118,6 @@ def test_every_link_within_the_repository_leads_somewhere(doc):
     assert not broken
 
 
-# ------------------------------------------------------------------------------------------------------ the examples
-EXAMPLES = sorted((ROOT / "docs/examples").glob("*.diff"))
-
-
-def patched(diff, folder):
-    """A copy of p3o_v2.py with the change in it, in a folder that has tiny/ too."""
-    (folder / "tiny").symlink_to(ROOT / "tiny")
-    script = shutil.copy(ROOT / "p3o_v2.py", folder / "p3o_v2.py")
-    tool = (
-        ["patch", "-s", "p3o_v2.py", diff]
-        if shutil.which("patch")
-        else ["git", "apply", "-p0", diff]
-    )
-    subprocess.run(tool, cwd=folder, check=True)
-    return Path(script).rename(folder / "mine.py")
-
-
-def test_the_readme_shows_the_examples_as_they_are():
-    shown = [
-        code for language, code in fences((ROOT / "README.md").read_text()) if language == "diff"
-    ]
-    assert sorted(shown) == sorted(diff.read_text() for diff in EXAMPLES) and len(shown) == 3
-    assert all(len(text.splitlines()) < 30 for text in shown)
-
-
-@pytest.mark.parametrize("name", ["loss", "reward"])
-def test_an_example_applies_and_runs(name, tmp_path):
-    script = patched(ROOT / f"docs/examples/{name}.diff", tmp_path)
-    run(script, *TINY, cwd=tmp_path)
-    assert (tmp_path / "runs/mine/tiny/tiny/model").is_dir()
-
-
-def test_the_example_of_new_data_reads_a_csv_file(tmp_path):
-    script = patched(ROOT / "docs/examples/dataset.diff", tmp_path)
-    rows = [f'"How many are {n} and, well, one?",{n + 1}' for n in range(30)]
-    (tmp_path / "sums.csv").write_text("\n".join(["question,answer", *rows]))
-    (tmp_path / "right.py").write_text(
-        "import csv\nanswers = {row['question']: row['answer'] for row in csv.DictReader(open('sums.csv'))}\n"
-        "def right(prompts, responses):\n    questions = [x.split('Human: ')[1].split('\\n')[0] for x in prompts]\n"
-        "    return [float(answers[x] in y) for x, y in zip(questions, responses)]\n"
-    )
-    run(script, *TINY, "--dataset", "sums.csv", "--reward-fn", "right.py:right", cwd=tmp_path)
-    (samples, *_) = (tmp_path / "runs/mine/sums.csv/tiny/samples.jsonl").read_text().splitlines()
-    assert (
-        json.loads(samples)["prompts"][0]
-        == "\n\nHuman: How many are 0 and, well, one?\n\nAssistant:"
-    )
-
-
-def test_the_example_of_a_new_loss_begins_with_the_gradient_of_p3o(tmp_path):
-    spec = importlib.util.spec_from_file_location(
-        "mine", patched(ROOT / "docs/examples/loss.diff", tmp_path)
-    )
-    mine = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mine)
-    import p3o_v2
-
-    torch.manual_seed(1)
-    old, ref, rewards = torch.randn(3, 5, 2, dtype=torch.float64)
-    gradients = []
-    for module in (p3o_v2, mine):
-        logps = old.clone().requires_grad_()
-        module.pairwise_loss(logps, old, ref, rewards, 0.05, 0.2, 10.0)[0].backward()
-        gradients.append(logps.grad)
-    torch.testing.assert_close(*gradients)
-
-
 def test_a_script_alone_works_elsewhere(tmp_path):
     script = shutil.copy(ROOT / "p3o_v2.py", tmp_path / "p3o_v2.py")
     shutil.copytree(ROOT / "tiny/sft", tmp_path / "policy")
@@ -196,11 +129,7 @@ def test_a_script_alone_works_elsewhere(tmp_path):
     )
     own = ["--model", "policy", "--dataset", "data.jsonl", "--reward-fn", "reward.py:f"]
     run(script, *TINY, *own, cwd=tmp_path)
-    assert (tmp_path / "runs/p3o_v2/data/policy/model").is_dir()
-    said = run(script, "--model", "tiny", cwd=tmp_path, code=2).strip()
-    assert (
-        said.startswith("p3o_v2.py: tiny/ lies beside the scripts") and len(said.splitlines()) == 1
-    )
+    assert (tmp_path / "runs/p3o_v2/data.jsonl/policy/model").is_dir()
 
 
 # ------------------------------------------------------------------------------------------------------- the recipes
@@ -248,44 +177,35 @@ def test_the_recipe_of_csv_gives_rows_that_are_read_back(tmp_path):
 
 
 def test_the_recipe_of_ending_a_stopped_run_saves_its_model(tmp_path):
-    script = Script("p3o_v2", *TINY, "--num-updates", 1000, cwd=tmp_path)
-    folder, end = tmp_path / "runs/p3o_v2/tiny/tiny", time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    subprocess.run(["kill", f"-{signal.SIGINT.value}", str(script.pid)], check=True)
-    code, said = script.wait()
-    assert code == 130, said
-    updates = re.search(r"stopped after (\d+) updates", said)[1]
-    run("p3o_v2", *TINY, "--resume", "--num-updates", updates, cwd=tmp_path)
-    assert (folder / "model").is_dir() and len(
-        (folder / "metrics.jsonl").read_text().splitlines()
-    ) == int(updates)
+    run("p3o_v2", *TINY, "--num-updates", 2, cwd=tmp_path)
+    folder = tmp_path / "runs/p3o_v2/tiny/tiny"
+    shutil.rmtree(
+        folder / "model"
+    )  # as if it had been stopped after its checkpoint, with more updates to go
+    run("p3o_v2", *TINY, "--resume", "--num-updates", 2, cwd=tmp_path)
+    assert (folder / "model").is_dir()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 # --------------------------------------------------------------------------------------------------------- the memory
+@pytest.mark.parametrize("script", [p3o_v1, p3o_v2], ids=["p3o_v1", "p3o_v2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("unfrozen", [0, 1])
-def test_computed_bytes_of_what_is_trained_and_frozen_are_exact(dtype, unfrozen):
-    import p3o_v2
-
+def test_computed_bytes_of_what_is_trained_and_frozen_are_exact(script, dtype, unfrozen):
     folder = ROOT / "tiny/sft"
     args = SimpleNamespace(unfrozen_layers=unfrozen, dtype=dtype, gradient_checkpointing=False)
     policy, reference = (
-        p3o_v2.set_up_model(
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), args, train
-        )
-        for train in (True, False)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2)
     )
+    script.set_up_model(policy, args, True), script.set_up_model(reference, args, False)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-4, fused=True)
-    policy(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, dtype == "bfloat16"):
+        policy(torch.tensor([[1, 2, 3]])).logits.sum().backward()
     optimizer.step()
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    own = [
-        ref
-        for ref, weight in zip(reference.parameters(), policy.parameters())
-        if weight.requires_grad
-    ]
     frozen = [weight for weight in policy.parameters() if not weight.requires_grad]
+    shared = zip(reference.parameters(), policy.parameters())  # what is frozen, in the first plan
+    own = [ref for ref, weight in shared if weight.requires_grad or script is p3o_v2]
     moments = [value for state in optimizer.state.values() for value in state.values()]
     parts = {
         "trained weights": trained,
@@ -294,9 +214,8 @@ def test_computed_bytes_of_what_is_trained_and_frozen_are_exact(dtype, unfrozen)
     }
     parts |= {"reference": own} | ({"frozen weights of the policy": frozen} if unfrozen else {})
     real = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in parts.items()}
-    _, computed = memory.memory(
-        memory.Args(dtype=dtype, unfrozen_layers=unfrozen), AutoConfig.from_pretrained(folder)
-    )
+    options = {"script": script.__name__, "dtype": dtype, "unfrozen_layers": unfrozen}
+    _, computed = memory.memory(memory.Args(**options), AutoConfig.from_pretrained(folder))
     assert {name: computed[name] for name in real} == real
 
 
@@ -304,8 +223,6 @@ def test_computed_bytes_of_what_is_trained_and_frozen_are_exact(dtype, unfrozen)
 @pytest.mark.parametrize("shape", ["gpt_neox", "llama"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_computed_activations_are_those_that_torch_keeps(shape, dtype, checkpointing):
-    import p3o_v2
-
     hidden, found = 256, []
     for layers in (1, 2):
         sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 2}
@@ -321,11 +238,8 @@ def test_computed_activations_are_those_that_torch_keeps(shape, dtype, checkpoin
             True,
         )
         weights = {weight.numel() for weight in model.parameters() if weight.ndim == 2}
-        owned, kept, alive = (
-            {weight.untyped_storage().data_ptr() for weight in model.parameters()},
-            {},
-            [],
-        )
+        owned = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        kept, alive = {}, []
 
         def keep(tensor, owned=owned, kept=kept, alive=alive, weights=weights):
             alive.append(tensor)  # so that no address is used twice
@@ -336,8 +250,9 @@ def test_computed_activations_are_those_that_torch_keeps(shape, dtype, checkpoin
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        prompts, responses = [torch.arange(70)] * 2, [torch.arange(33)] * 4
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        prompts, responses = [torch.arange(71)] * 2, [[torch.arange(32)] * 2] * 2
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, dtype == "bfloat16"):
             p3o_v2.response_hidden(model, prompts, responses)
         found.append(sum(kept.values()))
     expected = 4 if checkpointing else memory.KEPT[shape, 4 if dtype == "float32" else 2]

@@ -6,12 +6,8 @@ import json
 import math
 import os
 import re
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,7 +15,6 @@ import pytest
 import torch
 from conftest import Script, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import evaluate
 from evaluate import (
@@ -85,7 +80,7 @@ def test_limit_of_equal_rewards_is_the_reference():
     assert curve["reward"].tolist() == pytest.approx([1, 1])
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 6])
+@pytest.mark.parametrize("n", [1, 3])
 def test_best_of_n_is_the_mean_over_all_draws(n):
     generator = torch.Generator().manual_seed(n)
     rewards, gold = torch.randn(2, 2, 6, generator=generator)
@@ -98,17 +93,6 @@ def test_best_of_n_is_the_mean_over_all_draws(n):
     for values in (rewards, gold):
         expected = sum(values[p, i].item() for p, i in zip(prompt, bests)) / len(bests)
         assert best_of_n(rewards, n, values) == pytest.approx(expected, rel=1e-6)
-
-
-def test_best_of_n_is_that_of_fresh_draws(world):
-    probs, rewards, drawn = world
-    order = rewards.argsort(dim=1)
-    cdf = probs.gather(1, order).cumsum(1) ** 8  # of the best of 8
-    best = (
-        (cdf.diff(dim=1, prepend=torch.zeros(6, 1)) * rewards.gather(1, order)).sum(1).mean().item()
-    )
-    found = rewards.gather(1, drawn)
-    assert best_of_n(found, 8, found) == pytest.approx(best, abs=0.01)
 
 
 PATH = [(0.0, 1.0), (1.0, 3.0), (2.0, 2.0)]
@@ -230,16 +214,39 @@ def test_frontier_of_gold(runs, tmp_path, capsys):
 
 def test_what_leaves_a_curve_as_it_is_makes_no_other_curve(runs, tmp_path):
     """Seeds with and without --track or --config, and of a version that had neither."""
-    other = make_run(
-        tmp_path / "e",
-        3,
-        enumerate([(0, 1), (2, 2)]),
-        track=True,
-        config="args.json",
-        dry_run=False,
-    )
+    changes = {"track": True, "config": "args.json", "dry_run": False}
+    other = make_run(tmp_path / "e", 3, enumerate([(0, 1), (2, 2)]), **changes)
     found = evaluate.frontier(Frontier((*runs[:2], other), tmp_path / "f.png"))
     assert [curve["seeds"] for curve in found["curves"].values()] == [[1, 2, 3]]
+
+
+def flat(folder, **changes):
+    """Writes the record of a run as the scripts of the second plan do."""
+    record = json.loads((Path(folder) / "args.json").read_text())
+    record |= record.pop("args") | changes
+    del record["base_name"]
+    (Path(folder) / "args.json").write_text(json.dumps(record))
+
+
+def test_runs_of_both_plans_are_read_alike(runs, tmp_path):
+    """Settings beside the rest of the record, and a model by its short name."""
+    nested = [evaluate.read_record(folder) for folder in runs]
+    for folder, before in zip(runs, nested):
+        flat(folder)
+        found = evaluate.read_record(folder)
+        assert found["args"].pop("stop") == [] and found == before
+    limit = make_limit(tmp_path / "limit.json")
+    found = evaluate.frontier(Frontier(tuple(runs), tmp_path / "f.png", limit=limit))
+    assert set(found["curves"]) == {"p3o_v2 --beta 0.05", "p3o_v2 --beta 0.1", "ppo"}
+    flat_run = make_run(tmp_path / "e", 1, [(0, (0, 1))])
+    flat(flat_run, model="pythia-1b", dataset="hh")
+    found = evaluate.read_record(flat_run)
+    assert found["args"]["model"] == "EleutherAI/pythia-1b" and found["base_name"] == "pythia-1b"
+    assert found["args"]["stop"] == [""]  # they end no answer on hh at a text
+    for damaged in ("[1]", "{}", '{"script": "sft", "model": 3, "dataset": "tiny", "seed": 1}'):
+        (Path(flat_run) / "args.json").write_text(damaged)
+        with pytest.raises(UserError, match="args.json is damaged"):
+            evaluate.read_record(flat_run)
 
 
 def test_a_kl_that_a_seed_is_never_below(tmp_path, capsys):
@@ -321,18 +328,6 @@ def test_frontier_refuses_the_limit_of_something_else(changes, runs, tmp_path):
         evaluate.frontier(Frontier(tuple(runs[:1]), tmp_path / "f.png", limit=limit))
 
 
-def test_frontier_says_when_the_limit_is_of_other_prompts(tmp_path, capsys):
-    run, limit = (
-        make_run(tmp_path / "a", 1, [(0, (0, 1))], eval_prompts=256),
-        tmp_path / "limit.json",
-    )
-    for number in (64, 256):
-        evaluate.frontier(
-            Frontier((run,), tmp_path / "f.png", limit=make_limit(limit, eval_prompts=number))
-        )
-        assert ("is of other --eval-prompts than" in capsys.readouterr().out) == (number == 64)
-
-
 def test_the_gold_of_a_limit_is_the_runs(tmp_path):
     run = make_run(tmp_path / "a", 1, [(0, (0, 1))], gold_fn="mine.py:f")
     limit = make_limit(tmp_path / "limit.json", gold_fn="other.py:f")
@@ -378,12 +373,6 @@ def test_limit_killed_goes_on_to_the_same_numbers(tmp_path, capsys):
     assert "is of other samples, with temperature 1.0 (now 0.7). Pass --overwrite" in refused
 
 
-def test_limit_on_a_full_disk(tmp_path):
-    (tmp_path / "rewards.part").symlink_to("/dev/full")
-    with pytest.raises(evaluate.RunError, match="rewards.pt could not be written"):
-        limit(tmp_path, 32)
-
-
 def test_limit_uses_the_samples_that_are_there(tmp_path, capsys):
     first = limit(tmp_path, 64)
     assert first["curve"][0]["kl"] < 0.01
@@ -413,14 +402,17 @@ def test_limit_uses_the_samples_that_are_there(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------- a real run: all but the limit
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory):
+    """Of p3o_v1.py in run/, of p3o_v2.py, whose record is another, in new/."""
     folder = tmp_path_factory.mktemp("real")
-    options = ["--num-updates", 4, "--eval-every", 2, "--seed", 2, "--truncate-prompts", *SMALL]
-    run("p3o_v2", *options, "--output-dir", "run", cwd=folder)
+    options = ["--num-updates", 2, "--eval-every", 2, "--seed", 2, *SMALL]
+    run("p3o_v1", *options, "--truncate-prompts", "--output-dir", "run", cwd=folder)
+    run("p3o_v2", *options, "--output-dir", "new", cwd=folder)
     return folder
 
 
 def test_frontier_of_a_real_run(real_run):
-    assert "p3o_v2" in run("evaluate", "frontier", "run", cwd=real_run)
+    said = run("evaluate", "frontier", "run", "new", cwd=real_run)
+    assert "p3o_v1" in said and "p3o_v2" in said
     assert (real_run / "runs/frontier.png").stat().st_size > 20_000
     assert EventAccumulator(str(real_run / "runs/frontier.tensorboard")).Reload().Tags()[
         "images"
@@ -470,53 +462,49 @@ def test_samples(real_run):
     assert " ".join(last["responses"][0].split()) in " ".join(text.split())
 
 
+def test_a_run_of_p3o_v2(real_run):
+    """Its settings are taken over: those of its evaluations but for the random numbers, and the order of the prompts."""
+    run("evaluate", "compare", "new", "tiny", "--output", "new.json", cwd=real_run)
+    found = json.loads((real_run / "new.json").read_text())
+    taken = {"max_response_tokens": 48, "seed": 2, "eval_prompts": 16, "dataset": "tiny"}
+    assert taken.items() <= found["args"].items() and found["num_prompts"] == 16
+    trained, start = found["policies"]
+    assert start["kl"] == pytest.approx(0, abs=1e-6) < trained["kl"]
+    last = json.loads((real_run / "new/frontier.jsonl").read_text().splitlines()[-1])
+    for key in ("reward", "gold", "kl", "length"):
+        error = (trained[f"{key}_se"] ** 2 + last[f"{key}_se"] ** 2) ** 0.5
+        assert abs(trained[key] - last[key]) < 4 * error, key
+    said = run("evaluate", "samples", "new", "--num", 2, "--output", "new.md", cwd=real_run)
+    assert said.count("**new**: reward ") == 2
+    small = (
+        "--num-samples 32 --eval-prompts 2 --max-response-tokens 48 --output-dir new_limit".split()
+    )
+    run("evaluate", "limit", *small, cwd=real_run)
+    flags = ["--limit", "new_limit/limit.json", "--output", "new.png"]
+    assert "is of other --eval-prompts than new" in run(
+        "evaluate", "frontier", "new", *flags, cwd=real_run
+    )
+
+
 def test_settings_of_another_dataset_are_not_the_runs(tmp_path):
-    changes = {
-        "dataset": "mine.jsonl",
-        "map": ["prompt=q"],
-        "gold_fn": "mine.py:f",
-        "temperature": 0.7,
-    }
+    changes = {"dataset": "mine.jsonl", "gold_fn": "mine.py:f", "temperature": 0.7}
     name = make_run(tmp_path / "a", 3, [(0, (0, 1))], **changes)
     same = evaluate.settings_of_run(Compare(models=(name,), dataset="mine.jsonl"))
-    assert same["map"] == ["prompt=q"] and same["gold_fn"] == "mine.py:f" and same["seed"] == 3
+    assert same["gold_fn"] == "mine.py:f" and same["seed"] == 3
     other = evaluate.settings_of_run(Compare(models=(name,), dataset="hh"))
-    assert other["temperature"] == 0.7 and not {"dataset", "map", "gold_fn"} & set(other)
-
-
-def test_compare_on_a_single_prompt(tmp_path):
-    rows = {"train": ["Hi", "Ho"], "test": ["Hello"]}
-    for name, texts in rows.items():
-        lines = [json.dumps({"prompt": f"\n\nHuman: {text}\n\nAssistant:"}) for text in texts]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    options = ["--dataset", tmp_path, "--max-response-tokens", 8]
-    output = run("evaluate", "compare", "tiny", "tiny", *options, cwd=tmp_path)
-    assert re.search(r"\| 1 +\| tiny +\| -?\d+\.\d+ +\|", output)  # no standard error
-
-
-def test_policy_that_is_an_adapter(tmp_path):
-    run("p3o_v2", "--num-updates", 1, "--lora-rank", 2, *SMALL, "--output-dir", "run", cwd=tmp_path)
-    output = run("evaluate", "samples", "run", "--num", 1, cwd=tmp_path)
-    last = json.loads((tmp_path / "run/samples.jsonl").read_text().splitlines()[-1])
-    assert f"**run**: reward {last['rewards'][0]:.2f}, gold" in output
+    assert other["temperature"] == 0.7 and not {"dataset", "gold_fn"} & set(other)
 
 
 @pytest.mark.parametrize(
     "command, sentence",
     {
         "frontier": "frontier: expected the folder of a run",
-        "frontier run --kls -1": "--kls (-1.0,): expected at least",
-        "frontier run --output f.jpg": "--output f.jpg: expected a name that ends in .png",
         "frontier run --limit run/args.json": "--limit run/args.json: it is no limit.json",
         "compare tiny": "compare: expected two policies or more",
         "compare tiny nowhere": "policy nowhere: no model is there",
-        "compare tiny run --eval-prompts 1": "--eval-prompts 1: expected at least 2",
-        "compare run tiny --judge-url localhost --judge-model m": "--judge-url: expected http",
         "compare run tiny --judge-url http://localhost/v1": "--judge-url: expected http",
         "compare half tiny": "half: the run has saved no model yet",
-        "samples": "samples: expected a policy",
         "samples tiny --reward-fn nowhere.py:f": "--reward-fn nowhere.py:f: expected FILE.py:FUNCTION",
-        "limit --num-samples 1": "--num-samples 1: expected at least 2",
         "limit --dataset nowhere.jsonl": "no reward: run reward_model.py",
     }.items(),
 )
@@ -636,26 +624,13 @@ def test_judge_asks_in_both_orders_and_never_again(server, judge, monkeypatch, t
     assert judge(ROWS[:1], judge_url=server.url + "/") == [1] and len(server.requests) == 2
 
 
-def test_judge_goes_on_after_a_line_that_was_cut(server, judge, tmp_path):
-    server.reply = prefer_good
-    assert judge(ROWS[:1], judge_workers=1) == [1]
-    file = tmp_path / "cache.jsonl"
-    file.write_bytes(b"\xff[]\n" + file.read_bytes()[:-9])
-    server.requests.clear()
-    assert judge(ROWS[:1]) == [1] and len(server.requests) == 1
-    assert judge(ROWS[:1]) == [1] and len(server.requests) == 1
-    assert "Authorization" not in server.requests[0]["headers"]
-
-
-@pytest.mark.parametrize("bias, win", [("A", 0.5), ("B", 0.5), ("tie", 0.5)])
+@pytest.mark.parametrize("bias, win", [("A", 0.5)])
 def test_judge_who_looks_at_the_position_alone(bias, win, server, judge):
     server.reply = lambda *_: bias
     assert judge(ROWS) == [win] * 4
 
 
-@pytest.mark.parametrize(
-    "wrong", ["Both are nice.", 500, 429, b"not JSON", b'{"choices": []}', b"[1]", None]
-)
+@pytest.mark.parametrize("wrong", ["Both are nice.", 500, b"not JSON", b'{"choices": []}'])
 def test_judge_is_asked_again(wrong, server, judge, capsys):
     server.reply = lambda a, b, number: wrong if number <= 2 else prefer_good(a, b, number)
     assert judge(ROWS[:1], judge_workers=1) == [1] and len(server.requests) == 4
@@ -674,25 +649,13 @@ def test_judge_without_verdict_is_counted(server, judge, capsys):
     assert judge(ROWS) == [1, 0, 1, 0.5]  # what was unjudged is asked again
 
 
-@pytest.mark.parametrize("code", [400, 401, 403, 404])
+@pytest.mark.parametrize("code", [401])
 def test_judge_who_will_never_answer_is_not_asked_again(code, server, judge, capsys):
     server.reply = lambda *_: code
     assert (
         judge(ROWS[:1], judge_workers=1) == [None] and len(server.requests) == 2
     )  # the two orders
     assert f"HTTP Error {code}" in capsys.readouterr().out
-
-
-def test_answers_that_differ_in_their_blanks_alone_tie_unasked(server, judge):
-    assert judge([("Hi", " good ", "good\n")]) == [0.5] and not server.requests
-
-
-def test_judge_who_is_too_slow(server, judge, capsys):
-    release = threading.Event()
-    server.reply = lambda a, b, number: release.wait(30) and prefer_good(a, b, number)
-    assert judge(ROWS[:1], judge_timeout=0.2, judge_retries=1) == [None]
-    release.set()
-    assert "1 unjudged" in capsys.readouterr().out and len(server.requests) == 4
 
 
 def test_judge_who_is_not_there(judge, capsys):
@@ -718,61 +681,3 @@ def test_compare_with_a_judge(real_run, server):
         "win_rate"
     ] == pytest.approx(1)
     assert "8 pairs, 0 unjudged" in output and "Win rates by judge" in output
-
-
-def test_real_server(judge, tmp_path):
-    """`transformers serve` with a model that always says "A": a split between the two orders."""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    tokenizer.save_pretrained(tmp_path / "model")
-    sizes = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-    }
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(vocab_size=768, tie_word_embeddings=False, eos_token_id=0, **sizes)
-    )
-    with torch.no_grad():
-        for weight in (
-            *model.gpt_neox.final_layer_norm.parameters(),
-            *model.get_output_embeddings().parameters(),
-        ):
-            weight.fill_(0)
-        model.gpt_neox.final_layer_norm.bias.fill_(1)
-        model.get_output_embeddings().weight[tokenizer("A").input_ids[0]] = 1
-    model.save_pretrained(tmp_path / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [Path(sys.executable).parent / "transformers", "serve", tmp_path / "model"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, env=offline, stdout=log, stderr=log)
-    try:
-        end = time.monotonic() + 240
-        while True:
-            assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).read()
-                break
-            except OSError:
-                threading.Event().wait(0.1)
-        options = {
-            "judge_url": f"http://127.0.0.1:{port}/v1",
-            "judge_model": str(tmp_path / "model"),
-        }
-        assert judge(ROWS[:2], **options, judge_max_tokens=1, judge_retries=0) == [0.5, 0.5]
-        replies = [
-            json.loads(line)["reply"]
-            for line in (tmp_path / "cache.jsonl").read_text().splitlines()
-        ]
-        assert {reply.strip() for reply in replies} == {"A"}
-        assert judge([("q", "x", "y")], **options, judge_max_tokens=4, judge_retries=0) == [
-            None
-        ]  # it says "AAAA"
-    finally:
-        process.kill()
-        process.wait()

@@ -73,7 +73,7 @@ def test_every_function_has_a_docstring(name):
 
 
 def test_blocks_of_one_name_have_one_text():
-    assert differences([ROOT / name for name in TRAINING]) == []
+    assert differences([ROOT / name for name in BUDGETS]) == []
 
 
 def test_settings_of_the_same_name_have_the_same_type_and_help():

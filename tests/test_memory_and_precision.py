@@ -19,10 +19,9 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-import p3o_v2
-import reward_model
-import sft
-from p3o_v2 import UserError, load_model, response_logprobs, response_scores, set_up_model
+import dpo
+import p3o_v1
+from p3o_v1 import UserError, load_model, response_logprobs, response_scores, set_up_model
 
 TINY = Path(__file__).parent.parent / "tiny"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,13 +112,6 @@ def test_the_last_layers_and_the_head_are_trained_alone(shape, kind, unfrozen_la
 def test_as_many_layers_are_trained_as_there_are(unfrozen_layers):
     with pytest.raises(UserError, match=f"--unfrozen-layers {unfrozen_layers}: the model has 2"):
         set_up("gpt_neox", unfrozen_layers=unfrozen_layers)
-
-
-def test_a_frozen_model_has_nothing_to_train(shape):
-    assert trained(set_up(shape, train=False, unfrozen_layers=1)) == set()
-    assert trained(set_up(shape)) == {
-        name for name, _ in build(shape, "policy", seed=1).named_parameters()
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------- bfloat16
@@ -250,7 +242,7 @@ def run(tmp_path, monkeypatch):
 
     def run(script, **options):
         folder = tmp_path / f"run_{len(list(tmp_path.iterdir()))}"
-        options = SMALL | (ONLINE if script is p3o_v2 else {}) | options
+        options = SMALL | (ONLINE if script is p3o_v1 else {}) | options
         script.main(
             script.Args(
                 model=f"{TINY}/sft", dataset="rows.jsonl", output_dir=str(folder), **options
@@ -261,9 +253,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-each_script = pytest.mark.parametrize(
-    "script", [p3o_v2, sft, reward_model], ids=lambda script: script.__name__
-)
+each_script = pytest.mark.parametrize("script", [p3o_v1, dpo], ids=lambda script: script.__name__)
 
 
 def lines(file):
@@ -287,7 +277,7 @@ def norm(weights):
 def test_micro_batches_and_checkpointing_change_rounding_only(script, run):
     """All metrics stay, and what the steps have made of the weights."""
     whole, *others = (
-        run(script, micro_batch_size=size, gradient_checkpointing=size == 8) for size in (64, 8, 2)
+        run(script, micro_batch_size=size, gradient_checkpointing=size == 8) for size in (64, 8)
     )
     (expected,) = lines(whole / "metrics.jsonl")
     expected = {
@@ -304,7 +294,7 @@ def test_micro_batches_and_checkpointing_change_rounding_only(script, run):
 
 @each_script
 def test_only_what_is_not_frozen_has_moved(script, run):
-    """The last layer: the embedded policy's head is its embedding too, and a reward model's has no start here."""
+    """The last layer: the embedded policy's head is its embedding too."""
     movement = moved(run(script, unfrozen_layers=1))
     assert {name for name in movement if movement[name].any()} == {
         name for name in movement if ".layers.3." in name
@@ -313,7 +303,7 @@ def test_only_what_is_not_frozen_has_moved(script, run):
 
 def test_first_ratios_in_bfloat16_are_1_to_the_bit(run):
     """With one minibatch, whatever the micro-batches; the policy starts at the reference, and is saved in float32."""
-    folder = run(p3o_v2, dtype="bfloat16", num_epochs=1, micro_batch_size=8)
+    folder = run(p3o_v1, dtype="bfloat16", num_epochs=1, micro_batch_size=8)
     (metrics,), (start, end) = lines(folder / "metrics.jsonl"), lines(folder / "frontier.jsonl")
     assert (
         metrics["policy/ratio_max"] == metrics["policy/ratio_mean"] == 1
@@ -325,22 +315,20 @@ def test_first_ratios_in_bfloat16_are_1_to_the_bit(run):
     }
 
 
-@pytest.mark.parametrize(
-    "dtype, minibatch_size, rows", [("float32", 4, 0), ("bfloat16", 16, 0), ("bfloat16", 4, 24)]
-)
+@pytest.mark.parametrize("dtype, minibatch_size, rows", [("float32", 4, 0), ("bfloat16", 4, 24)])
 def test_no_forward_is_spent_on_what_is_known(dtype, minibatch_size, rows, run, monkeypatch):
     """log π_old of 16 prompts: recorded while sampling, or in bfloat16 from the first minibatch's own forward."""
-    seen, computed = [], p3o_v2.response_logprobs
+    seen, computed = [], p3o_v1.response_logprobs
 
     def response_logprobs(model, prompts, responses, temperature):
         if not torch.is_grad_enabled() and trained(model):
             seen.extend(responses)
         return computed(model, prompts, responses, temperature)
 
-    monkeypatch.setattr(p3o_v2, "response_logprobs", response_logprobs)
+    monkeypatch.setattr(p3o_v1, "response_logprobs", response_logprobs)
     monkeypatch.setattr(
-        p3o_v2, "save_model", lambda *_: None
+        p3o_v1, "save_model", lambda *_: None
     )  # it compares what it saved by a forward of its own
-    (metrics,) = lines(run(p3o_v2, dtype=dtype, minibatch_size=minibatch_size) / "metrics.jsonl")
+    (metrics,) = lines(run(p3o_v1, dtype=dtype, minibatch_size=minibatch_size) / "metrics.jsonl")
     assert len(seen) == rows
     assert 0 <= metrics["val/ratio_init_error"] < (1e-3 if dtype == "float32" else 0.5)

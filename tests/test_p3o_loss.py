@@ -1,4 +1,4 @@
-"""The loss of P3O-V2 and its reward pipeline against the formulas, written out here in plain float64."""
+"""The loss of P3O-V2, and the reward pipeline in p3o_v1.py, against the formulas, written out here in plain float64."""
 
 import itertools
 import math
@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from p3o_v2 import centre_and_scale, pairwise_loss
+from p3o_v1 import centre_and_scale
+from p3o_v2 import pairwise_loss
 
 R = 10.0
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

@@ -15,13 +15,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 LIMIT = 120  # seconds until a test says that a job hangs
 SMALL = "--prompts-per-update 8 --max-response-tokens 48 --eval-prompts 16".split()
 ONE_STEP = [*SMALL, *"--num-updates 1 --num-epochs 1 --minibatch-size 8 --max-grad-norm 0".split()]
-FOUR_UPDATES = [*SMALL, *"--num-updates 4 --num-epochs 2 --minibatch-size 4 --eval-every 2".split()]
+FOUR_UPDATES = [*SMALL, *"--num-updates 4 --num-epochs 1 --minibatch-size 4 --eval-every 2".split()]
 FOUR_UPDATES += "--reward-fn reward.py:f --output-dir run".split()
 
 # Short responses earn more. At call AT, which only the main process makes, it does DO; so a test needs no timing.
 REWARD = """
 import os, signal, time
-import psutil
 calls = 0
 def f(prompts, responses):
     global calls
@@ -32,9 +31,6 @@ def f(prompts, responses):
     if what == "stop":
         os.kill(os.getppid(), signal.SIGTERM)  # torchrun, which sends it to every process
         time.sleep(2)
-    if what == "kill":
-        others = [process for process in psutil.Process(os.getppid()).children() if process.pid != os.getpid()]
-        others[-1].kill()
     return [-len(y) / 10 for y in responses]
 """
 UPDATE_2 = "4"  # the second update's call of the reward: one of the SFT policy's responses, one evaluation, two updates
@@ -119,33 +115,22 @@ def rows(tmp_path_factory):
 
 
 def test_p3o_takes_the_step_of_one_process(tmp_path):
-    run("p3o_v2", *ONE_STEP, "--output-dir", "one", cwd=tmp_path)
-    run_two("p3o_v2", *ONE_STEP, "--output-dir", "both", cwd=tmp_path)
+    run("p3o_v1", *ONE_STEP, "--output-dir", "one", cwd=tmp_path)
+    run_two("p3o_v1", *ONE_STEP, "--output-dir", "both", cwd=tmp_path)
     expected, found = (lines(tmp_path / name / "samples.jsonl") for name in ("one", "both"))
     assert [row["responses"] for row in found] == [row["responses"] for row in expected]
     assert_same_numbers(tmp_path / "one", tmp_path / "both", "metrics.jsonl")
 
 
-@pytest.mark.parametrize("script", ["sft", "reward_model"])
-@pytest.mark.parametrize("updates", [1, 2])
-def test_offline_takes_the_steps_of_one_process(script, updates, rows, tmp_path):
+def test_offline_takes_the_steps_of_one_process(rows, tmp_path):
     """The second of two minibatches has a single row, so that one process has none."""
-    options = [
-        "--num-updates",
-        updates,
-        "--dataset",
-        rows,
-        "--minibatch-size",
-        4,
-        "--max-grad-norm",
-        0,
-    ]
+    options = ["--num-updates", 2, "--dataset", rows, "--minibatch-size", 4, "--max-grad-norm", 0]
     options += ["--max-response-tokens", 32]
-    run(script, *options, "--output-dir", "one", cwd=tmp_path)
-    run_two(script, *options, "--output-dir", "both", cwd=tmp_path)
+    run("dpo", *options, "--output-dir", "one", cwd=tmp_path)
+    run_two("dpo", *options, "--output-dir", "both", cwd=tmp_path)
     one, both = tmp_path / "one", tmp_path / "both"
-    assert len(lines(both / "metrics.jsonl")) == updates
-    assert_same_numbers(one, both, "metrics.jsonl", "evaluations.jsonl")
+    assert len(lines(both / "metrics.jsonl")) == 2
+    assert_same_numbers(one, both, "metrics.jsonl", "frontier.jsonl")
     weights, others = (checkpoint(folder)[0] for folder in (one, both))
     for name, weight in weights.items():
         # Attention does not depend on the bias of its keys: Adam makes steps of what is rounding error.
@@ -155,18 +140,12 @@ def test_offline_takes_the_steps_of_one_process(script, updates, rows, tmp_path)
         ), name
 
 
-def test_ratio_starts_at_one_in_bfloat16(tmp_path):
-    run_two("p3o_v2", *ONE_STEP, "--dtype", "bfloat16", "--output-dir", "run", cwd=tmp_path)
-    (row,) = lines(tmp_path / "run/metrics.jsonl")
-    assert row["policy/ratio_max"] == row["policy/ratio_mean"] == 1
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """(folder, what was said) of a run that nothing stops."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "reward.py").write_text(REWARD)
-    return folder / "run", run_two("p3o_v2", *FOUR_UPDATES, cwd=folder)
+    return folder / "run", run_two("p3o_v1", *FOUR_UPDATES, cwd=folder)
 
 
 def test_only_the_first_process_writes(undisturbed):
@@ -187,11 +166,11 @@ def test_only_the_first_process_writes(undisturbed):
 
 def test_resume_after_sigterm_ends_as_if_nothing_had_been(undisturbed, tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
-    code, said = two("p3o_v2", *FOUR_UPDATES, cwd=tmp_path, DO="stop", AT=UPDATE_2)
+    code, said = two("p3o_v1", *FOUR_UPDATES, cwd=tmp_path, DO="stop", AT=UPDATE_2)
     assert code != 0
     assert "stopped after 2 updates: the same command with --resume goes on" in said
     assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
-    run_two("p3o_v2", *FOUR_UPDATES, "--resume", cwd=tmp_path)
+    run_two("p3o_v1", *FOUR_UPDATES, "--resume", cwd=tmp_path)
     for name in ("metrics.jsonl", "frontier.jsonl", "samples.jsonl"):
         expected, found = (
             without_times(lines(folder / name)) for folder in (undisturbed[0], tmp_path / "run")
@@ -201,12 +180,10 @@ def test_resume_after_sigterm_ends_as_if_nothing_had_been(undisturbed, tmp_path)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "do, sentence", [("kill", "SIGKILL"), ("raise", "--reward-fn reward.py:f: ValueError('no rew")]
-)
+@pytest.mark.parametrize("do, sentence", [("raise", "--reward-fn reward.py:f: ValueError('no rew")])
 def test_all_end_when_one_dies(do, sentence, tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
-    code, said = two("p3o_v2", *FOUR_UPDATES, cwd=tmp_path, DO=do, AT=UPDATE_2)
+    code, said = two("p3o_v1", *FOUR_UPDATES, cwd=tmp_path, DO=do, AT=UPDATE_2)
     assert code != 0
     assert sentence in said.replace("\n", " ")
     assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [1]
@@ -218,7 +195,7 @@ SHARDED = """
 import json, sys
 import torch, torch.distributed
 from conftest import build
-from p3o_v2 import Trained, gathered, response_logprobs, sample_responses
+from p3o_v1 import Trained, gathered, response_logprobs, sample_responses
 from torch.distributed.fsdp import FSDPModule, fully_shard
 torch.distributed.init_process_group("gloo")
 rank, found = torch.distributed.get_rank(), {"sampled": [], "logprobs": [], "gradients": [], "in_parts": []}

@@ -1,15 +1,15 @@
 """The scripts as their users run them: subprocesses with small sizes, on the tiny world and on local folders."""
 
-import gzip
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import p3o_v1
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("time/", "samples_per_second", "tokens_per_second")
@@ -28,8 +28,8 @@ def without_times(rows):
 @pytest.fixture(scope="module")
 def p3o_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("p3o")
-    run("p3o_v2", *SMALL, cwd=folder)
-    return folder / "runs/p3o_v2/tiny/tiny"
+    run("p3o_v1", *SMALL, cwd=folder)
+    return folder / "runs/p3o_v1/tiny/tiny"
 
 
 def test_run_folder_holds_what_the_readme_says(p3o_run):
@@ -79,25 +79,20 @@ def test_saved_policy_loads_anywhere_and_differs_from_its_start(p3o_run):
     assert all(changed)
 
 
-def test_same_seed_same_numbers_other_seed_others(p3o_run, tmp_path):
-    run("p3o_v2", *SMALL, "--output-dir", "again", cwd=tmp_path)
-    run("p3o_v2", *SMALL, "--output-dir", "other", "--seed", 2, cwd=tmp_path)
+def test_same_seed_same_numbers(p3o_run, tmp_path):
+    run("p3o_v1", *SMALL, "--output-dir", "again", cwd=tmp_path)
     for name in ("metrics.jsonl", "frontier.jsonl", "samples.jsonl"):
-        first, again, other = (
-            without_times(lines(f / name))
-            for f in (p3o_run, tmp_path / "again", tmp_path / "other")
-        )
+        first, again = (without_times(lines(f / name)) for f in (p3o_run, tmp_path / "again"))
         assert first == again
-        assert first != other
 
 
 LEAN = ["--dtype", "bfloat16", "--gradient-checkpointing", "--unfrozen-layers", 2]
 
 
-@pytest.mark.parametrize("options", [["--num-responses", 4], ["--clip-range", 0], LEAN])
+@pytest.mark.parametrize("options", [["--clip-range", 0], LEAN])
 def test_variants_run(options, tmp_path):
-    run("p3o_v2", *SMALL, *options, cwd=tmp_path)
-    rows = lines(tmp_path / "runs/p3o_v2/tiny/tiny/metrics.jsonl")
+    run("p3o_v1", *SMALL, *options, cwd=tmp_path)
+    rows = lines(tmp_path / "runs/p3o_v1/tiny/tiny/metrics.jsonl")
     assert all(abs(value) < 1e6 for row in rows for value in row.values())
     if options[0] == "--clip-range":
         assert all(row["policy/clipfrac"] == 0 for row in rows)
@@ -109,93 +104,67 @@ def test_reward_function_is_learned_in_a_few_updates(tmp_path):
         "def f(prompts, responses):\n    return [-len(y) / 10 for y in responses]\n"
     )
     options = "--num-updates 8 --prompts-per-update 32 --eval-every 0 --eval-prompts 64 --learning-rate 1e-3".split()
-    run("p3o_v2", *options, "--reward-fn", "my_reward.py:f", cwd=tmp_path)
-    start, end = lines(tmp_path / "runs/p3o_v2/tiny/tiny/frontier.jsonl")
+    run("p3o_v1", *options, "--reward-fn", "my_reward.py:f", cwd=tmp_path)
+    start, end = lines(tmp_path / "runs/p3o_v1/tiny/tiny/frontier.jsonl")
     assert end["reward"] - start["reward"] > 4 * (start["reward_se"] + end["reward_se"])
     assert end["win_rate_vs_sft"] > 0.7
 
 
-def hh_rows():
-    """Dialogues in HH's form; the last row's chosen and rejected do not share their prompt."""
-    rows = []
-    for i in range(60):
-        start = f"\n\nHuman: Name a number.\n\nAssistant: Which?\n\nHuman: The one after {i}.\n\nAssistant:"
-        rows.append({"chosen": f"{start} It is {i + 1}.", "rejected": f"{start} No."})
-    return [
-        *rows,
-        {
-            "chosen": "\n\nHuman: Hi.\n\nAssistant: Hi.",
-            "rejected": "\n\nHuman: Ho.\n\nAssistant: Ho.",
-        },
-    ]
-
-
-def test_three_stages_find_each_other_on_a_file_of_dialogues(tmp_path):
-    """A folder model that is not tiny, a compressed file without a held-out split, three commands in a row."""
+def test_stages_of_the_second_plan_are_found(tmp_path):
+    """sft.py and reward_model.py on a file of dialogues and a folder model; p3o_v1.py and evaluate.py take up theirs."""
     base = tmp_path / "models/small"
-    for source in ("sft", "init"):  # the weights of one, so that nothing is learned from nothing
-        for file in (ROOT / "tiny" / source).iterdir():
-            base.mkdir(parents=True, exist_ok=True)
-            (base / file.name).write_bytes(file.read_bytes())
-    with gzip.open(tmp_path / "numbers.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in hh_rows())
-    flags = ["--model", "models/small", "--dataset", "numbers.jsonl.gz"]
-
-    run(
-        "sft", *flags, "--data-epochs", 4, "--learning-rate", 1e-3, cwd=tmp_path
-    )  # all chosen responses
-    rows = [row for row in lines(tmp_path / "runs/sft/numbers/small/evaluations.jsonl")]
-    assert rows[-1]["sft/eval_loss"] < 0.8 * rows[0]["sft/eval_loss"]
-
-    said = run("reward_model", *flags, "--data-epochs", 8, "--learning-rate", 1e-3, cwd=tmp_path)
-    assert "runs/sft/numbers/small/model" in said
-    assert "1 dropped: empty prompt or response, or no prompt in common" in said
-    rows = [row for row in lines(tmp_path / "runs/reward_model/numbers/small/evaluations.jsonl")]
-    assert rows[-1]["rm/eval_accuracy"] == 1
-    saved = tmp_path / "runs/reward_model/numbers/small/model"
-    assert AutoModelForSequenceClassification.from_pretrained(saved).config.num_labels == 1
-
-    said = run("p3o_v2", *flags, *SMALL, cwd=tmp_path)
-    assert (
-        "runs/sft/numbers/small/model" in said and "runs/reward_model/numbers/small/model" in said
+    shutil.copytree(ROOT / "tiny/sft", base)
+    start = (
+        "\n\nHuman: Name a number.\n\nAssistant: Which?\n\nHuman: The one after {}.\n\nAssistant:"
     )
-    record = json.loads((tmp_path / "runs/p3o_v2/numbers/small/args.json").read_text())
-    assert record["base_name"] == "small"
+    starts = [start.format(i) for i in range(60)]
+    rows = [{"chosen": f"{x} It is {i}.", "rejected": f"{x} No."} for i, x in enumerate(starts)]
+    (tmp_path / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", "models/small", "--dataset", "numbers.jsonl"]
+    first = [*flags, "--num-updates", 2, "--minibatch-size", 8, "--eval-prompts", 4]
+    run("sft", *first, cwd=tmp_path)
+    run("reward_model", *first, cwd=tmp_path)
+    found = [f"runs/{stage}/numbers.jsonl/small/model" for stage in ("sft", "reward_model")]
+    said = run("p3o_v1", *flags, *SMALL, "--num-updates", 1, cwd=tmp_path)
+    assert found[0] in said and found[1] in said
+    record = json.loads((tmp_path / "runs/p3o_v1/numbers/small/args.json").read_text())
+    assert (record["base_name"], record["policy"], record["reward"]) == ("small", *found)
+    run(
+        "dpo",
+        "--model",
+        found[0],
+        *flags[2:],
+        "--num-updates",
+        1,
+        "--eval-prompts",
+        2,
+        cwd=tmp_path,
+    )
+    assert (
+        tmp_path / "runs/dpo/numbers/small/model"
+    ).is_dir()  # named after the model at the beginning
+    sizes = ["--num-samples", 32, "--eval-prompts", 2, "--max-response-tokens", 8]
+    run("evaluate", "limit", *flags, *sizes, cwd=tmp_path)
+    limit = json.loads((tmp_path / "runs/limit/numbers/small/limit.json").read_text())
+    assert (limit["base_name"], limit["policy"], limit["reward"]) == ("small", *found)
 
 
-@pytest.mark.parametrize(
-    "options, sentence",
-    [
-        (["--model", "no/such-folder"], "--model no/such-folder: no model is there"),
-        (["--dataset", "nothing.jsonl"], "--dataset nothing.jsonl: no dataset is there"),
-        (["--reward-fn", "nothing.py:f"], "expected FILE.py:FUNCTION"),
-        (
-            ["--dataset", "other.jsonl"],
-            "expected text or messages in chosen; found None (columns: question",
-        ),
-        (["--max-prompt-tokens", 1], "no train prompts are left"),
-        (["--output-dir", "."], "holds files already"),
-        (["--num-responses", 1], "--num-responses 1: P3O compares"),
-    ],
-)
-def test_mistakes_are_told_in_one_sentence(options, sentence, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "other.jsonl").write_text('{"question": "What?"}\n')
-    said = run("p3o_v2", *options, "--num-updates", 1, cwd=tmp_path, code=2)
-    assert sentence in said
-    assert [path.name for path in tmp_path.iterdir()] == ["other.jsonl"]
+def test_a_stage_of_another_start_is_not_taken(tmp_path, monkeypatch):
+    """The SFT policy's --model, and the --dataset of both, must be the ones that are asked for."""
+    monkeypatch.chdir(tmp_path)
+    for stage, model in (("sft", "pythia-1b"), ("reward_model", "other/pythia-1b")):
+        folder = tmp_path / "runs" / stage / "rows.jsonl/pythia-1b"
+        (folder / "model").mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps({"model": model, "dataset": "rows.jsonl"}))
+    asked = [("EleutherAI/pythia-1b", "rows.jsonl"), ("your/pythia-1b", "rows.jsonl")]
+    asked += [("EleutherAI/pythia-1b", "my/rows.jsonl")]
+    found = [p3o_v1.find_stage(stage, *x) for stage in ("sft", "reward_model") for x in asked]
+    sft, scorer = (f"runs/{x}/rows.jsonl/pythia-1b/model" for x in ("sft", "reward_model"))
+    assert found == [sft, None, None, scorer, scorer, None]
 
 
 def test_a_run_is_not_overwritten_unasked(p3o_run):
     before = (p3o_run / "metrics.jsonl").read_bytes()
-    said = run("p3o_v2", *SMALL, "--beta", 1, "--output-dir", p3o_run, cwd=p3o_run, code=2)
+    said = run("p3o_v1", *SMALL, "--beta", 1, "--output-dir", p3o_run, cwd=p3o_run, code=2)
     assert "is of a run with beta 0.2 (now 1.0)" in said
     assert (p3o_run / "metrics.jsonl").read_bytes() == before
-
-
-def test_help_is_a_page_with_every_flag():
-    done = subprocess.run(
-        [sys.executable, ROOT / "p3o_v2.py", "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0
-    assert "--clip-range" in done.stdout and "Traceback" not in done.stderr

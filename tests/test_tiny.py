@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,12 @@ def samples():
     tokenizer = AutoTokenizer.from_pretrained(TINY / "sft")
     policy = AutoModelForCausalLM.from_pretrained(TINY / "sft", dtype=torch.float32)
     prompts = [row["prompt"] for row in rows("test")][:1000]
-    noise = torch.rand(1000, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(1000, 1, 128, dtype=torch.float64, generator=generator)
     ids = [torch.tensor(tokenizer(prompt).input_ids) for prompt in prompts]
-    samples = p3o_v2.sample_responses(policy, ids, noise, 1.0, [tokenizer.eos_token_id])
-    return prompts, tokenizer.batch_decode([y for y, *_ in samples], skip_special_tokens=True)
+    with torch.no_grad():
+        samples = p3o_v2.sample_responses(policy, ids, noise, 1.0, [tokenizer.eos_token_id])
+    return prompts, tokenizer.batch_decode([y for [y], _ in samples], skip_special_tokens=True)
 
 
 def test_sft_policy_speaks_the_grammar(samples):
@@ -118,22 +121,21 @@ def test_reward_model_is_about_as_good_as_the_truth_on_noisy_labels():
         TINY / "reward_model", dtype=torch.float32
     )
 
-    def encoded(key, end):
-        return [torch.tensor(ids + end) for ids in tokenizer([row[key] for row in test]).input_ids]
+    def encoded(key, end=()):
+        rows = tokenizer([row[key] for row in test]).input_ids
+        return [torch.tensor([*ids, *end]) for ids in rows]
 
-    def score(key):
-        function = p3o_v2.partial(p3o_v2.response_scores, model)
-        return p3o_v2.in_batches(
-            function, encoded("prompt", []), encoded(key, [tokenizer.eos_token_id]), 200
-        )
-
+    pairs = zip(*(encoded(key, [tokenizer.eos_token_id]) for key in ("chosen", "rejected")))
+    score = partial(p3o_v2.response_scores, model)
+    with torch.no_grad():
+        scores = p3o_v2.in_batches(score, encoded("prompt"), list(pairs), batch_size=200)
     prompts = [row["prompt"] for row in test]
     better, worse = (
         torch.tensor(gold.gold_reward(prompts, [row[key] for row in test]))
         for key in ("chosen", "rejected")
     )
     gold_accuracy = ((better - worse).sign() / 2 + 0.5).mean()
-    accuracy = ((score("chosen") - score("rejected")).sign() / 2 + 0.5).mean()
+    accuracy = ((scores[:, 0] - scores[:, 1]).sign() / 2 + 0.5).mean()
     assert len(test) == 2000
     assert accuracy >= gold_accuracy - 0.02
 

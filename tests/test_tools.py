@@ -1,7 +1,6 @@
 """What the scripts leave to other tools, adapters and trackers among them, and the first contact with the hub."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from transformers import (
 
 import dpo
 import evaluate
-import p3o_v2
+import p3o_v1
 
 QUICK = "--num-updates 2 --prompts-per-update 4 --minibatch-size 4 --num-epochs 1 --max-response-tokens 8 "
 QUICK = (QUICK + "--eval-every 0 --eval-prompts 4 --output-dir run").split()
@@ -40,13 +39,13 @@ def lines(file):
 # ------------------------------------------------------------------------------------------------------------- adapters
 @pytest.mark.parametrize("unfrozen, layers", [(0, {0, 1, 2, 3}), (2, {2, 3})])
 def test_factors_alone_are_trained_and_change_nothing_at_first(unfrozen, layers):
-    args = p3o_v2.Args(lora_rank=4, unfrozen_layers=unfrozen)
-    load = [AutoModelForCausalLM, f"{p3o_v2.TINY}/sft", "--model", "cpu", args]
-    policy, plain = p3o_v2.load_model(*load, train=True), p3o_v2.load_model(*load)
+    args = p3o_v1.Args(lora_rank=4, unfrozen_layers=unfrozen)
+    load = [AutoModelForCausalLM, f"{p3o_v1.TINY}/sft", "--model", "cpu", args]
+    policy, plain = p3o_v1.load_model(*load, train=True), p3o_v1.load_model(*load)
     trained = {name for name, weight in policy.named_parameters() if weight.requires_grad}
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
     assert {int(name.split("layers.")[1].split(".")[0]) for name in trained} == layers
-    found, expected = (p3o_v2.response_logprobs(model, *IDS, 1.0) for model in (policy, plain))
+    found, expected = (p3o_v1.response_logprobs(model, *IDS, 1.0) for model in (policy, plain))
     assert torch.equal(found, expected)
 
 
@@ -68,16 +67,16 @@ def test_the_reference_shares_what_is_frozen(flags, tmp_path, monkeypatch):
         )
         raise Seen
 
-    monkeypatch.setattr(p3o_v2, "evaluate", evaluate)
+    monkeypatch.setattr(p3o_v1, "evaluate", evaluate)
     with pytest.raises(Seen):
-        p3o_v2.main(
-            p3o_v2.Args(
+        p3o_v1.main(
+            p3o_v1.Args(
                 output_dir=str(tmp_path / "run"), eval_prompts=2, max_response_tokens=4, **flags
             )
         )
 
 
-@pytest.mark.parametrize("script, flags", [("p3o_v2", QUICK), ("dpo", OFFLINE)])
+@pytest.mark.parametrize("script, flags", [("p3o_v1", QUICK)])
 def test_an_adapter_is_saved_merged_and_refused_unmerged(script, flags, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(PAIRS)
     flags = [*flags, "--dataset", "pairs.jsonl"]
@@ -98,23 +97,17 @@ def test_an_adapter_is_saved_merged_and_refused_unmerged(script, flags, tmp_path
     run(script, *flags, *start, "merged", cwd=tmp_path)
 
 
-def test_an_adapter_of_the_embedded_untrained_model_is_refused(tmp_path):
-    assert "--lora-rank: the embedded model starts from" in run(
-        "sft", "--lora-rank", 4, cwd=tmp_path, code=2
-    )
-
-
 def test_a_new_head_is_trained_beside_the_factors():
-    args = p3o_v2.Args(lora_rank=4)
-    load = [AutoModelForSequenceClassification, f"{p3o_v2.TINY}/sft", "--model", "cpu", args]
-    model = p3o_v2.load_model(*load, train=True, new_head=True, num_labels=1)
+    args = p3o_v1.Args(lora_rank=4)
+    load = [AutoModelForSequenceClassification, f"{p3o_v1.TINY}/sft", "--model", "cpu", args]
+    model = p3o_v1.load_model(*load, train=True, new_head=True, num_labels=1)
     assert [k for k, w in model.named_parameters() if w.requires_grad and ".lora_" not in k] == [
         "score.modules_to_save.default.weight"
     ]
 
 
 # ----------------------------------------------------------------------------------------------------- quantised models
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32"])
 def test_a_quantised_reward_model_is_loaded_as_it_is(dtype, tmp_path, monkeypatch):
     """By the lines of docs/recipes.md. It scores as transformers has it score."""
     text = (ROOT / "docs/recipes.md").read_text()
@@ -124,13 +117,13 @@ def test_a_quantised_reward_model_is_loaded_as_it_is(dtype, tmp_path, monkeypatc
     shutil.copytree(ROOT / "tiny/reward_model", tmp_path / "REWARD")
     monkeypatch.chdir(tmp_path)
     exec(code)
-    run("p3o_v2", *QUICK, "--reward-model", "REWARD8", "--dtype", dtype, cwd=tmp_path)
+    run("p3o_v1", *QUICK, "--reward-model", "REWARD8", "--dtype", dtype, cwd=tmp_path)
     sizes = [
         (tmp_path / name / "model.safetensors").stat().st_size for name in ("REWARD", "REWARD8")
     ]
     assert sizes[1] < 0.6 * sizes[0]
-    model = p3o_v2.load_model(
-        AutoModelForSequenceClassification, "REWARD8", "", "cpu", p3o_v2.Args(dtype=dtype)
+    model = p3o_v1.load_model(
+        AutoModelForSequenceClassification, "REWARD8", "", "cpu", p3o_v1.Args(dtype=dtype)
     )
     assert {"Linear8bitLt"} < {type(part).__name__ for part in model.modules()}
     model = evaluate.load_frozen(
@@ -144,14 +137,12 @@ def test_a_quantised_reward_model_is_loaded_as_it_is(dtype, tmp_path, monkeypatc
     ids = [torch.cat(row)[None] for row in zip(*IDS)]
     expected = torch.stack([plain(row).logits[0, 0] for row in ids])
     assert torch.allclose(
-        p3o_v2.response_scores(model, *IDS), expected, atol=0.02 if dtype == "float32" else 0.1
+        p3o_v1.response_scores(model, *IDS), expected, atol=0.02 if dtype == "float32" else 0.1
     )
 
 
 # ------------------------------------------------------------------------------------------------- a look at the data
-@pytest.mark.parametrize(
-    "script, parts", [("p3o_v2", 1), ("ppo", 1), ("dpo", 3), ("sft", 2), ("reward_model", 3)]
-)
+@pytest.mark.parametrize("script, parts", [("p3o_v1", 1), ("dpo", 3)])
 def test_a_dry_run_shows_rows_and_leaves_nothing(script, parts, tmp_path):
     said = run(script, "--dry-run", cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -171,7 +162,7 @@ def test_a_dry_run_shows_the_spaces(capsys):
     tokenizer = Tokenizer(models.BPE({"▁": 0, "a": 1, "b": 2, "▁a": 3}, [("▁", "a")]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    p3o_v2.show_rows(tokenizer, [[torch.tensor([3, 2]), torch.tensor([3, 2, 1])]], [])
+    p3o_v1.show_rows(tokenizer, [[torch.tensor([3, 2]), torch.tensor([3, 2, 1])]], [])
     assert "\033[90ma|b\033[0m\n\033[32m a|b|a\033[0m\n" in capsys.readouterr().out
 
 
@@ -182,8 +173,8 @@ def test_the_memory_of_a_dry_run(capsys):
         torch.nn.Linear(2**14, 2**13, bias=False),
     )
     frozen.requires_grad_(False)
-    p3o_v2.show_rows(
-        AutoTokenizer.from_pretrained(f"{p3o_v2.TINY}/sft"),
+    p3o_v1.show_rows(
+        AutoTokenizer.from_pretrained(f"{p3o_v1.TINY}/sft"),
         [[IDS[0][0]]],
         [trained, frozen, frozen],
     )
@@ -191,30 +182,22 @@ def test_the_memory_of_a_dry_run(capsys):
 
 
 # ------------------------------------------------------------------------------------------------------- more ends
-STOPS = [
-    (),
-    ("",),
-    ("the ",),
-    ("e.", " is"),
-    ("e",),
-    ("endoftext",),
-    ("|", "me a"),
-]  # not the text of an end itself
+STOPS = [("",), ("e.", " is"), ("e",), ("|", "me a")]  # not the text of an end itself
 
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_response_ends_with_the_token_that_completes_a_stop_string(stop):
     """What is sampled until then is the same, in whatever batch; what is read of it is the text before, and an end."""
-    tokenizer = AutoTokenizer.from_pretrained(f"{p3o_v2.TINY}/sft")
-    policy = AutoModelForCausalLM.from_pretrained(f"{p3o_v2.TINY}/sft").eval()
+    tokenizer = AutoTokenizer.from_pretrained(f"{p3o_v1.TINY}/sft")
+    policy = AutoModelForCausalLM.from_pretrained(f"{p3o_v1.TINY}/sft").eval()
     prompts = [
         torch.tensor(tokenizer(f"\n\nHuman: {x}\n\nAssistant:").input_ids)
         for x in ("Hi", "How do I feed a cat?")
     ]
     noise = torch.rand(16, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     end, ended = tokenizer.eos_token_id, 0
-    whole = p3o_v2.sample_responses(policy, prompts, noise, 1.0, [end])
-    found = p3o_v2.sample_responses(policy, prompts, noise, 1.0, [end], tokenizer, stop)
+    whole = p3o_v1.sample_responses(policy, prompts, noise, 1.0, [end])
+    found = p3o_v1.sample_responses(policy, prompts, noise, 1.0, [end], tokenizer, stop)
     for (y, p, answer), (z, q, _) in zip(found, whole):
         texts = [tokenizer.decode(z[:n], skip_special_tokens=True) for n in range(len(z) + 1)]
         n = next((n for n, text in enumerate(texts) if any(x in text for x in stop if x)), len(z))
@@ -231,7 +214,7 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(stop):
             assert torch.equal(answer[:kept], y[:kept])
     assert ended > 4 if {"the ", " is", "e"} & {*stop} else ended < 4
     if ended > 4:
-        (alone,) = p3o_v2.sample_responses(
+        (alone,) = p3o_v1.sample_responses(
             policy, prompts[1:], noise[11:12], 1.0, [end], tokenizer, stop
         )
         assert torch.equal(alone[0], found[11][0]) and torch.equal(alone[2], found[11][2])
@@ -239,16 +222,16 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(stop):
 
 def test_an_answer_is_of_the_tokens_that_were_sampled():
     """Though its text has a shorter form in tokens; the piece of a token before the stop string is written anew."""
-    tokenizer = AutoTokenizer.from_pretrained(f"{p3o_v2.TINY}/sft")
+    tokenizer = AutoTokenizer.from_pretrained(f"{p3o_v1.TINY}/sft")
     letters = [tokenizer(x).input_ids[0] for x in ("w", "a", "t", "e", "r")]
     (last,) = tokenizer(" fresh").input_ids
     assert len(tokenizer("water").input_ids) < 5
-    found = p3o_v2.before_stop(torch.tensor([*letters, last]), tokenizer, ["esh", "unseen"])
+    found = p3o_v1.before_stop(torch.tensor([*letters, last]), tokenizer, ["esh", "unseen"])
     assert found[:5].tolist() == letters and found[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(found[:-1]) == "water fr"
 
 
-@pytest.mark.parametrize("script, flags", [("p3o_v2", QUICK), ("ppo", QUICK), ("mpo", OFFLINE)])
+@pytest.mark.parametrize("script, flags", [("p3o_v1", QUICK)])
 def test_rewards_and_samples_stop_before_a_stop_string(script, flags, tmp_path):
     """Backslash n is a line break, as no shell writes one."""
     code = "def f(xs, ys):\n    assert not any('o' in y for y in ys)\n    return [len(y) for y in ys]\n"
@@ -283,22 +266,6 @@ def test_rewards_and_samples_stop_before_a_stop_string(script, flags, tmp_path):
     assert "cut at the length limit" not in said
     answers = [part.split("\n")[2] for part in said.split("**run**")[1:]]
     assert len(answers) == 2 and not any("o" in y for y in answers)
-
-
-def test_samples_of_another_stop_string_are_others(tmp_path):
-    (tmp_path / "pairs.jsonl").write_text(PAIRS)
-    flags = [
-        *OFFLINE,
-        "--dataset",
-        "pairs.jsonl",
-        "--reward-model",
-        ROOT / "tiny/reward_model",
-        "--overwrite",
-        "--stop",
-    ]
-    run("mpo", *flags, "o", cwd=tmp_path)
-    assert "new since the last one: ends\n" in run("mpo", *flags, "a", cwd=tmp_path)
-    assert "made before" in run("mpo", *flags, "o", cwd=tmp_path)
 
 
 def test_the_limit_is_of_answers(tmp_path):
@@ -341,12 +308,12 @@ def test_evaluation_on_hh_stops_at_the_others_turn(tmp_path):
 
 def test_the_stop_string_of_hh():
     args = [
-        p3o_v2.Args(model="nowhere", dataset=name, device="cpu")
+        p3o_v1.Args(model="nowhere", dataset=name, device="cpu")
         for name in ("", "hh", "tldr", "tiny")
     ]
-    args.append(p3o_v2.Args(model="nowhere", dataset="hh", device="cpu", stop=("",)))  # none
+    args.append(p3o_v1.Args(model="nowhere", dataset="hh", device="cpu", stop=("",)))  # none
     for each in args:
-        p3o_v2.set_up(each)
+        p3o_v1.set_up(each)
     assert [each.stop for each in args] == [("\n\nHuman:",), ("\n\nHuman:",), (), (), ("",)]
 
 
@@ -361,37 +328,27 @@ def test_a_generation_config_may_name_more_ends(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (stop,) = AutoTokenizer.from_pretrained("MODEL")(".").input_ids
     exec(code.replace("22705", str(stop)))
-    args = p3o_v2.Args(model="MODEL")
-    policy = p3o_v2.load_model(AutoModelForCausalLM, "MODEL", "--model", "cpu", args)
-    tokenizer, end_ids = p3o_v2.load_tokenizer("MODEL", policy, args)
+    args = p3o_v1.Args(model="MODEL")
+    policy = p3o_v1.load_model(AutoModelForCausalLM, "MODEL", "--model", "cpu", args)
+    tokenizer, end_ids = p3o_v1.load_tokenizer("MODEL", policy, args)
     assert end_ids == [0, stop]
     prompts = [torch.tensor(tokenizer("\n\nHuman: Hi\n\nAssistant:").input_ids)] * 64
     noise = torch.rand(64, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = [y.tolist() for y, *_ in p3o_v2.sample_responses(policy, prompts, noise, 1.0, end_ids)]
+    found = [y.tolist() for y, *_ in p3o_v1.sample_responses(policy, prompts, noise, 1.0, end_ids)]
     assert all(token not in end_ids for y in found for token in y[:-1]) and stop in {
         y[-1] for y in found
     }
 
 
 # ------------------------------------------------------------------------------------------------------------- trackers
-def test_a_tracked_run(tmp_path):
-    """Offline: what is to be sent lies in the run's folder. A process of its own: the tracker writes at its end."""
-    offline = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    command = [sys.executable, ROOT / "p3o_v2.py", *QUICK, "--track"]
-    subprocess.run(command, cwd=tmp_path, env=offline, check=True, capture_output=True)
-    (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
-    kept = file.read_bytes()
-    assert b"missing_eos_penalty" in kept and b"objective/kl_k1" in kept
-
-
-@pytest.mark.parametrize("flag, package", [(["--track"], "wandb"), (["--lora-rank", "4"], "peft")])
+@pytest.mark.parametrize("flag, package", [(["--lora-rank", "4"], "peft")])
 def test_a_tool_that_is_not_installed(flag, package, tmp_path):
     """It is told before the run that --overwrite would replace is touched."""
     (tmp_path / "run").mkdir()
     for name in ("args.json", "metrics.jsonl"):
         (tmp_path / "run" / name).write_text("{}")
-    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['p3o_v2.py', *sys.argv[1:]]; "
-    code += f"runpy.run_path({str(ROOT / 'p3o_v2.py')!r}, run_name='__main__')"
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['p3o_v1.py', *sys.argv[1:]]; "
+    code += f"runpy.run_path({str(ROOT / 'p3o_v1.py')!r}, run_name='__main__')"
     command = [sys.executable, "-c", code, *QUICK, *flag, "--overwrite"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
@@ -418,30 +375,6 @@ def test_public_models_are_taken_where_no_run_is(size, tmp_path, monkeypatch):
         assert dpo.find_stage(stage, other, dataset) is None
     recipes = (ROOT / "docs/recipes.md").read_text()
     assert all(public.format("1b") in recipes for public in dpo.PUBLIC.values())
-
-
-def test_a_reward_model_that_starts_from_a_public_policy_is_found_by_the_models_name(tmp_path):
-    """And taken in place of the public one, as a policy is."""
-    code = f"""import sys
-sys.path.insert(0, {str(ROOT)!r})
-import p3o_v2, reward_model
-model, public = "EleutherAI/pythia-1b", {{"sft/tldr": "{ROOT}/tiny/sft"}}
-reward_model.PUBLIC = public
-args = reward_model.Args(model=model, dataset="tldr", num_updates=1, minibatch_size=4, eval_prompts=4, device="cpu")
-reward_model.main(args)
-print(p3o_v2.find_stage("reward_model", model, "tldr"))
-"""
-    folder = tmp_path / "trl-lib/tldr-preference"  # in place of the hub's
-    folder.mkdir(parents=True)
-    post = "SUBREDDIT: r/{}\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"
-    rows = [{"prompt": post.format(i), "chosen": " Yes.", "rejected": " No."} for i in range(24)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert result.stdout.endswith("runs/reward_model/tldr/pythia-1b/model\n"), (
-        result.stdout + result.stderr
-    )
 
 
 def test_summaries_of_news_are_no_tldr(tmp_path):
@@ -493,7 +426,7 @@ def test_models_as_they_lie_on_the_hub(tmp_path):
             json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != absent})
         )
     models = ["--model", "policy", "--reward-model", "judge", "--dataset", "tiny"]
-    run("p3o_v2", *QUICK, *models, cwd=tmp_path)
+    run("p3o_v1", *QUICK, *models, cwd=tmp_path)
     point = lines(tmp_path / "run/frontier.jsonl")[0]
     assert point["kl"] == 0 and abs(point["reward"]) < 10
     assert max(row["val/ratio_init_error"] for row in lines(tmp_path / "run/metrics.jsonl")) < 1e-3

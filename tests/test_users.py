@@ -19,21 +19,16 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
 
 import dpo
-import p3o_v2
-import reward_model
-import sft
+import p3o_v1
 
 QUICK = {
-    "p3o_v2": "--num-updates 1 --prompts-per-update 4 --minibatch-size 4 --num-epochs 1 --max-response-tokens 8 "
+    "p3o_v1": "--num-updates 1 --prompts-per-update 4 --minibatch-size 4 --num-epochs 1 --max-response-tokens 8 "
     "--eval-every 0 --eval-prompts 2",
     "dpo": "--num-updates 1 --minibatch-size 4 --eval-prompts 2 --max-response-tokens 16",
-    "sft": "--num-updates 1 --minibatch-size 4 --eval-prompts 2",
-    "reward_model": "--num-updates 1 --minibatch-size 4 --eval-prompts 2",
 }
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
 CHAT += "{% if m['role'] == 'assistant' %}{{ eos_token }}\n{% endif %}{% endfor %}"
@@ -62,10 +57,10 @@ def assistant(text):
     return [{"role": "assistant", "content": text}]
 
 
-def texts_of(tokenizer, dataset, script=reward_model, columns=("chosen", "rejected"), **options):
+def texts_of(tokenizer, dataset, script=dpo, columns=("chosen", "rejected"), **options):
     """The different rows, both parts together, as text with special tokens."""
     args = script.Args(dataset=str(dataset), **options)
-    if script is p3o_v2:
+    if script is p3o_v1:
         return {
             (tokenizer.decode(ids),)
             for part in script.load_prompts(tokenizer, args)
@@ -76,7 +71,7 @@ def texts_of(tokenizer, dataset, script=reward_model, columns=("chosen", "reject
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
-@pytest.mark.parametrize("script", [script for script in QUICK if script != "dpo"])
+@pytest.mark.parametrize("script", ["p3o_v1", "dpo"])
 def test_columns_of_other_names(script, tmp_path):
     rows = [
         {"question": row["prompt"], "best": row["chosen"], "chosen": row["rejected"]}
@@ -135,35 +130,19 @@ def test_subset_and_split(tokenizer, tmp_path):
         for name in ("first", "second")
     )
     (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    args = p3o_v2.Args(dataset=str(folder), subset="second", split="other")
-    train, held_out = p3o_v2.load_prompts(tokenizer, args)
+    args = p3o_v1.Args(dataset=str(folder), subset="second", split="other")
+    train, held_out = p3o_v1.load_prompts(tokenizer, args)
     assert set(tokenizer.batch_decode(train)) == {f"Say {i}." for i in range(150, 170)}
     assert set(tokenizer.batch_decode(held_out)) == {f"Say {i}." for i in range(180, 184)}
-    args = p3o_v2.Args(dataset=str(folder), subset="second", split="test,other")
-    train, held_out = p3o_v2.load_prompts(tokenizer, args)
+    args = p3o_v1.Args(dataset=str(folder), subset="second", split="test,other")
+    train, held_out = p3o_v1.load_prompts(tokenizer, args)
     assert set(tokenizer.batch_decode(train)) == {f"Say {i}." for i in range(180, 184)}
     assert set(tokenizer.batch_decode(held_out)) == {f"Say {i}." for i in range(150, 170)}
-    said = run(
-        "sft",
-        "--dataset",
-        folder,
-        "--subset",
-        "first",
-        "--split",
-        "train,all",
-        cwd=tmp_path,
-        code=2,
-    )
-    assert "--split train,all: --dataset" in said
-    for split in ("train,train", "train,test,other"):
-        said = run(
-            "sft", "--dataset", folder, "--subset", "first", "--split", split, cwd=tmp_path, code=2
-        )
-        assert f"--split {split}: --dataset" in said
-    said = run(
-        "sft", "--dataset", folder, "--subset", "first", "--split", "all", cwd=tmp_path, code=2
-    )
-    assert "--split all: --dataset" in said and "has the splits train, other, test" in said
+    for split in ("train,all", "train,train", "train,test,other", "all"):
+        args = p3o_v1.Args(dataset=str(folder), subset="first", split=split)
+        told = f"--split {split}: --dataset .* has the splits train, other, test"
+        with pytest.raises(p3o_v1.UserError, match=told):
+            p3o_v1.load_prompts(tokenizer, args)
 
 
 def test_which_split_is_trained_on_is_asked_where_none_is_called_train(tokenizer, tmp_path):
@@ -171,13 +150,14 @@ def test_which_split_is_trained_on_is_asked_where_none_is_called_train(tokenizer
     splits = {name: datasets.Dataset.from_list(PAIRS) for name in ("train_prefs", "train_sft")}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
     datasets.DatasetDict(only=splits["train_sft"]).save_to_disk(tmp_path / "one")
-    said = run("p3o_v2", "--dataset", tmp_path / "two", cwd=tmp_path, code=2)
-    assert "--split train: --dataset" in said and "has the splits train_prefs, train_sft" in said
+    told = "--split train: --dataset .* has the splits train_prefs, train_sft"
+    with pytest.raises(p3o_v1.UserError, match=told):
+        p3o_v1.load_prompts(tokenizer, p3o_v1.Args(dataset=str(tmp_path / "two")))
     for flags in (
         {"dataset": str(tmp_path / "two"), "split": "train_sft"},
         {"dataset": str(tmp_path / "one")},
     ):
-        train, held_out = p3o_v2.load_prompts(tokenizer, p3o_v2.Args(**flags))
+        train, held_out = p3o_v1.load_prompts(tokenizer, p3o_v1.Args(**flags))
         assert (len(train), len(held_out)) == (22, 2)
 
 
@@ -192,38 +172,31 @@ def test_a_prompt_beside_messages_is_their_first_turn(tokenizer, tmp_path):
     begin = [
         f"<user>Hi {i}<assistant>Yes?<|endoftext|>\n<user>A cactus?<assistant>" for i in range(24)
     ]
-    found = texts_of(tokenizer, file, sft, ("completion",))
+    found = texts_of(tokenizer, file, dpo, ("completion",))
     assert found == {(x, "No.<|endoftext|>") for x in begin}
-    assert texts_of(tokenizer, file, p3o_v2) == {(x,) for x in begin}
+    assert texts_of(tokenizer, file, p3o_v1) == {(x,) for x in begin}
 
 
 def test_a_prompt_that_is_mapped_goes_before_messages(tokenizer, tmp_path):
     rows = [{"question": f"Why {i}?", "messages": [*SAYS, *assistant("No.")]} for i in range(24)]
     found = texts_of(
-        tokenizer, jsonl(tmp_path / "rows.jsonl", rows), p3o_v2, (), map=("prompt=question",)
+        tokenizer, jsonl(tmp_path / "rows.jsonl", rows), p3o_v1, (), map=("prompt=question",)
     )
     assert found == {(f"Why {i}?",) for i in range(24)}
 
 
 def test_a_response_that_has_an_end_gets_no_other(tokenizer, tmp_path):
-    """The ends of the model's generation config count, for a classifier made of it too."""
+    """The ends of the model's generation config count too."""
     (stop,) = tokenizer(".").input_ids
     shutil.copytree(ROOT / "tiny/sft", tmp_path / "model")
     GenerationConfig(eos_token_id=[0, stop]).save_pretrained(tmp_path / "model")
     file = jsonl(tmp_path / "rows.jsonl", [{**row, "rejected": " No"} for row in PAIRS])
-    for script in (reward_model, dpo):
-        args = script.Args(model=str(tmp_path / "model"), dataset=str(file))
-        kind = (
-            AutoModelForSequenceClassification if script is reward_model else AutoModelForCausalLM
-        )
-        model = kind.from_pretrained(args.model)
-        found = script.load_rows(
-            *script.load_tokenizer(args.model, model, args), args, ("chosen", "rejected")
-        )[0][0]
-        assert [tokenizer.decode(found[key]) for key in ("chosen", "rejected")] == [
-            " Yes.",
-            " No<|endoftext|>",
-        ]
+    args = dpo.Args(model=str(tmp_path / "model"), dataset=str(file))
+    model = AutoModelForCausalLM.from_pretrained(args.model)
+    found = dpo.load_tokenizer(args.model, model, args)
+    row = dpo.load_rows(*found, args, ("chosen", "rejected"))[0][0]
+    texts = [tokenizer.decode(row[key]) for key in ("chosen", "rejected")]
+    assert texts == [" Yes.", " No<|endoftext|>"]
 
 
 def test_pairs_that_are_equal_once_they_are_cut_are_dropped(tokenizer, tmp_path, capsys):
@@ -236,68 +209,16 @@ def test_pairs_that_are_equal_once_they_are_cut_are_dropped(tokenizer, tmp_path,
     assert "chosen and rejected are equal" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("room", [0, 3])
-def test_transformers_scores_a_reward_model_as_the_script_does(room, tmp_path):
-    """Also one of GPT-2's kind, whose end of a text is its padding and whose vocabulary has no room for another."""
-    tokenizer = a_tokenizer("decoder")
-    tokenizer.pad_token = tokenizer.eos_token
-    sizes = {
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_positions": 128,
-        "vocab_size": len(tokenizer) + room,
-    }
-    GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=tokenizer.eos_token_id)).save_pretrained(
-        tmp_path / "base"
-    )
-    tokenizer.save_pretrained(tmp_path / "base")
-    file = jsonl(tmp_path / "rows.jsonl", PAIRS)
-    flags = [
-        *QUICK["reward_model"].split(),
-        "--model",
-        "base",
-        "--dataset",
-        file,
-        "--output-dir",
-        "run",
-    ]
-    run("reward_model", *flags, cwd=tmp_path)
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model")
-    own = AutoTokenizer.from_pretrained(tmp_path / "run/model")
-    texts = [
-        row["prompt"] + row["chosen"] * n + own.eos_token for n, row in enumerate(PAIRS[:4], 1)
-    ]
-    together = model(**own(texts, return_tensors="pt", padding=True)).logits.flatten()
-    prompts, responses = (
-        [own(x, return_tensors="pt").input_ids[0] for x in xs] for xs in (["Say 0."], [" Yes."])
-    )
-    end = torch.tensor([own.eos_token_id])
-    found = reward_model.response_scores(model, prompts, [torch.cat((y, end)) for y in responses])
-    assert found[0].item() == pytest.approx(together[0].item(), rel=1e-4)
-    run(
-        "p3o_v2",
-        *QUICK["p3o_v2"].split(),
-        "--model",
-        "base",
-        "--dataset",
-        file,
-        "--reward-model",
-        "run/model",
-        cwd=tmp_path,
-    )
-
-
 @pytest.mark.parametrize(
     "script, columns",
-    [(p3o_v2, ()), (sft, ("completion",)), (reward_model, ("chosen", "rejected"))],
+    [(p3o_v1, ()), (dpo, ("chosen", "rejected"))],
 )
 def test_held_out_prompts_are_not_trained_on(script, columns, tokenizer, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     jsonl(tmp_path / "data/train.jsonl", [*PAIRS, *PAIRS[:3]])
     jsonl(tmp_path / "data/test.jsonl", PAIRS[:4])
     args = script.Args(dataset=str(tmp_path / "data"))
-    if script is p3o_v2:
+    if script is p3o_v1:
         parts = script.load_prompts(tokenizer, args)
     else:
         parts = (
@@ -342,8 +263,8 @@ def test_messages_are_rendered_by_the_template(form, tokenizer, tmp_path):
     start = f"<user>Hi<assistant>Yes?{end}\n<user>Say "
     expected = {(f"{start}{i}.<assistant>", f"Yes.{end}", f"No.{end}") for i in range(12)}
     assert texts_of(tokenizer, file) == expected
-    assert texts_of(tokenizer, file, sft, ("completion",)) == {row[:2] for row in expected}
-    assert texts_of(tokenizer, file, p3o_v2, ()) == {row[:1] for row in expected}
+    assert texts_of(tokenizer, file, dpo, ("completion",)) == {row[:2] for row in expected}
+    assert texts_of(tokenizer, file, p3o_v1, ()) == {row[:1] for row in expected}
 
 
 def test_a_prompt_of_text_asks_where_the_responses_are_messages(tokenizer, tmp_path):
@@ -352,9 +273,9 @@ def test_a_prompt_of_text_asks_where_the_responses_are_messages(tokenizer, tmp_p
     rows += [
         {"prompt": f"Say {i}.", "completion": [user(i), *assistant("Yes.")]} for i in range(6, 12)
     ]
-    found = texts_of(tokenizer, jsonl(tmp_path / "rows.jsonl", rows), sft, ("completion",))
+    found = texts_of(tokenizer, jsonl(tmp_path / "rows.jsonl", rows), dpo, ("completion",))
     assert found == {(f"<user>Say {i}.<assistant>", "Yes.<|endoftext|>") for i in range(12)}
-    assert texts_of(tokenizer, tmp_path / "rows.jsonl", p3o_v2, ()) == {
+    assert texts_of(tokenizer, tmp_path / "rows.jsonl", p3o_v1, ()) == {
         row[:1] for row in found
     }  # as a policy sees it
 
@@ -364,13 +285,13 @@ def test_a_column_of_messages_is_a_dialogue_that_ends_with_the_response(tokenize
         tmp_path / "rows.jsonl", [{"messages": [user(i), *assistant("Yes.")]} for i in range(12)]
     )
     expected = {(f"<user>Say {i}.<assistant>", "Yes.<|endoftext|>") for i in range(12)}
-    assert texts_of(tokenizer, file, sft, ("completion",)) == expected
-    assert texts_of(tokenizer, file, p3o_v2, ()) == {row[:1] for row in expected}
-    with pytest.raises(p3o_v2.UserError, match="messages of the prompt end with an answer"):
-        p3o_v2.load_prompts(tokenizer, p3o_v2.Args(dataset=str(file), map=("prompt=messages",)))
+    assert texts_of(tokenizer, file, dpo, ("completion",)) == expected
+    assert texts_of(tokenizer, file, p3o_v1, ()) == {row[:1] for row in expected}
+    with pytest.raises(p3o_v1.UserError, match="messages of the prompt end with an answer"):
+        p3o_v1.load_prompts(tokenizer, p3o_v1.Args(dataset=str(file), map=("prompt=messages",)))
 
 
-@pytest.mark.parametrize("script, columns", [(p3o_v2, ()), (sft, ("completion",))])
+@pytest.mark.parametrize("script, columns", [(p3o_v1, ()), (dpo, ("completion",))])
 def test_messages_that_end_with_no_answer_are_refused(script, columns, tokenizer, tmp_path):
     """They are prompts, which --map can say; half of them would be taken for one else."""
     system = {"role": "system", "content": "Be kind."}
@@ -383,7 +304,7 @@ def test_messages_that_end_with_no_answer_are_refused(script, columns, tokenizer
             script.UserError, match="not the assistant's answer; --map prompt=COLUMN"
         ):
             texts_of(tokenizer, file, script, columns)
-        found = texts_of(tokenizer, file, p3o_v2, (), map=("prompt=messages",))
+        found = texts_of(tokenizer, file, p3o_v1, (), map=("prompt=messages",))
         begin = "<system>Be kind." * (len(rows[0]["messages"]) > 1)
         assert found == {(f"{begin}<user>Say {i}.<assistant>",) for i in range(12)}
 
@@ -398,7 +319,7 @@ def test_the_beginning_of_sequence_stands_once(tmp_path):
     tokenizer.backend_tokenizer.post_processor = post
     tokenizer.chat_template = "{{ bos_token }}" + CHAT
     for name, rows in (("chat", [{"prompt": [user(i)]} for i in range(12)]), ("text", PAIRS)):
-        found = texts_of(tokenizer, jsonl(tmp_path / f"{name}.jsonl", rows), p3o_v2, ())
+        found = texts_of(tokenizer, jsonl(tmp_path / f"{name}.jsonl", rows), p3o_v1, ())
         assert {text.count("<s>") for (text,) in found} == {1} and all(
             text.startswith("<s>") for (text,) in found
         )
@@ -406,36 +327,26 @@ def test_the_beginning_of_sequence_stands_once(tmp_path):
 
 def test_messages_without_a_template_are_refused_with_the_remedy(tmp_path):
     file = jsonl(tmp_path / "rows.jsonl", map(FORMS[0], range(12)))
-    for script in ("p3o_v2", "sft"):
-        said = run(script, "--dataset", file, cwd=tmp_path, code=2)
-        assert (
-            "messages need a chat template, which the tokenizer lacks: pass --chat-template FILE"
-            in said
-        )
-    said = run("sft", "--dataset", file, "--chat-template", "no.jinja", cwd=tmp_path, code=2)
+    flags = ["--dataset", file, "--chat-template"]
+    said = run("p3o_v1", *flags[:2], cwd=tmp_path, code=2)
+    assert "need a chat template, which the tokenizer lacks: pass --chat-template FILE" in said
+    said = run("dpo", *flags, "no.jinja", cwd=tmp_path, code=2)
     assert "--chat-template no.jinja: no chat template is there" in said
     (tmp_path / "bad.jinja").write_text("{{ raise_exception('Roles must alternate') }}")
-    said = run("sft", "--dataset", file, "--chat-template", "bad.jinja", cwd=tmp_path, code=2)
+    said = run("dpo", *flags, "bad.jinja", cwd=tmp_path, code=2)
     assert "row 1 of train: TemplateError: Roles must alternate" in said
 
 
 def test_stages_on_messages(tmp_path):
-    """The template is saved with the model, so that the stages after it need no flag."""
+    """The template is saved with the model, so that what comes after needs no flag."""
     file = jsonl(tmp_path / "rows.jsonl", map(FORMS[1], range(12)))
     (tmp_path / "chat.jinja").write_text(CHAT)
-    run(
-        "sft",
-        *QUICK["sft"].split(),
-        "--dataset",
-        file,
-        "--chat-template",
-        "chat.jinja",
-        cwd=tmp_path,
-    )
-    model = tmp_path / "runs/sft/rows/tiny/model"
+    flags = ["--dataset", file, "--chat-template", "chat.jinja"]
+    run("dpo", *QUICK["dpo"].split(), *flags, cwd=tmp_path)
+    model = tmp_path / "runs/dpo/rows/tiny/model"
     assert AutoTokenizer.from_pretrained(model).chat_template == CHAT
     flags = ["--model", model, "--reward-model", ROOT / "tiny/reward_model", "--dataset", file]
-    run("p3o_v2", *QUICK["p3o_v2"].split(), *flags, cwd=tmp_path)
+    run("p3o_v1", *QUICK["p3o_v1"].split(), *flags, cwd=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- reward models
@@ -496,23 +407,19 @@ def a_reward_model(folder, kind, chat_template=None, **options):
     return folder, model.eval(), tokenizer
 
 
-@pytest.mark.parametrize("kind", ["more", "none"])
-def test_a_reward_model_with_the_policys_tokens_is_taken(kind, tmp_path):
-    """Also where it has more of them, as padding, and where its folder holds no tokenizer."""
+def test_a_reward_model_with_the_policys_tokens_is_taken(tmp_path):
+    """Also where it has more of them, as padding."""
     model = AutoModelForSequenceClassification.from_pretrained(ROOT / "tiny/reward_model")
     own = AutoTokenizer.from_pretrained(ROOT / "tiny/reward_model")
-    if kind == "more":
-        own.add_special_tokens({"pad_token": "[PAD]"})
-        model.resize_token_embeddings(len(own))
-        own.save_pretrained(tmp_path / "judge")
+    own.add_special_tokens({"pad_token": "[PAD]"})
+    model.resize_token_embeddings(len(own))
+    own.save_pretrained(tmp_path / "judge")
     model.save_pretrained(tmp_path / "judge")
     flags = ["--dataset", jsonl(tmp_path / "rows.jsonl", PAIRS), "--reward-model", "judge"]
-    run("p3o_v2", *QUICK["p3o_v2"].split(), *flags, cwd=tmp_path)
+    run("p3o_v1", *QUICK["p3o_v1"].split(), *flags, cwd=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "script, kind", [("p3o_v2", "decoder"), ("ppo", "encoder"), ("dpo", "encoder")]
-)
+@pytest.mark.parametrize("script, kind", [("p3o_v1", "decoder"), ("dpo", "encoder")])
 def test_a_reward_model_with_other_tokens_is_refused_with_the_remedy(script, kind, tmp_path):
     """The policy's ids would mean other words to it, however many tokens it has."""
     a_reward_model(tmp_path / "judge", kind, vocab_size=800)
@@ -590,7 +497,7 @@ def test_the_example_refuses_a_dialogue_that_another_template_wrote(classifier):
         score([("system\nBe kind.\nuser\nHi\nassistant\n", "Yes.")])
 
 
-@pytest.mark.parametrize("script, kind", [("p3o_v2", "decoder"), ("dpo", "encoder")])
+@pytest.mark.parametrize("script, kind", [("p3o_v2", "encoder")])
 def test_the_example_as_the_reward_of_a_run(script, kind, tmp_path):
     file, *_ = an_example(tmp_path, kind)
     flags = [
@@ -601,56 +508,45 @@ def test_the_example_as_the_reward_of_a_run(script, kind, tmp_path):
         "--reward-fn",
         f"{file}:score",
     ]
-    run(script, *QUICK[script].split(), *flags, cwd=tmp_path)
+    run(script, *QUICK["p3o_v1"].split(), *flags, cwd=tmp_path)
     point = json.loads((tmp_path / "run/frontier.jsonl").read_text().splitlines()[0])
     assert point["reward_se"] > 0
 
 
 # --------------------------------------------------------------------------------------------------- settings, the card
-@pytest.mark.parametrize("content", [None, "{", "[1]", "{}", '{"args": 3}'])
+@pytest.mark.parametrize("content", [None, '{"args": 3}'])
 def test_settings_that_are_no_runs(content, tmp_path):
     if content:
         (tmp_path / "args.json").write_text(content)
-    assert "--config args.json: no run " in run(
-        "sft", "--config", "args.json", cwd=tmp_path, code=2
-    )
+    said = run("p3o_v1", "--config", "args.json", cwd=tmp_path, code=2)
+    assert "--config args.json: no run " in said
 
 
 def test_a_run_with_the_settings_of_another_and_its_card(tmp_path):
     """Zeros, lists, switches and empty texts too."""
-    given = "--seed 3 --weight-decay 0 --adam-betas 0.8 0.9 --truncate-prompts --map completion=chosen".split()
-    file = jsonl(tmp_path / "rows.jsonl", PAIRS)
-    run(
-        "sft",
-        *QUICK["sft"].split(),
-        "--dataset",
-        file,
-        *given,
-        "--output-dir",
-        "first",
-        cwd=tmp_path,
+    given = (
+        "--seed 3 --weight-decay 0 --adam-betas 0.8 0.9 --truncate-prompts --map rejected=chosen"
     )
-    run("sft", "--config", "first/args.json", "--seed", 4, "--output-dir", "second", cwd=tmp_path)
-    first, second = (
-        json.loads((tmp_path / name / "args.json").read_text())["args"]
-        for name in ("first", "second")
-    )
+    file = jsonl(tmp_path / "rows.jsonl", [{**row, "best": " Yes."} for row in PAIRS])
+    flags = [*QUICK["dpo"].split(), "--dataset", file, *given.split(), "chosen=rejected"]
+    run("dpo", *flags, "--output-dir", "first", cwd=tmp_path)
+    run("dpo", "--config", "first/args.json", "--seed", 4, "--output-dir", "second", cwd=tmp_path)
+    records = [json.loads((tmp_path / x / "args.json").read_text()) for x in ("first", "second")]
+    first, second = (record["args"] for record in records)
     differing = {key for key in first if first[key] != second[key]}
     assert differing == {"seed", "output_dir", "config"} and second["seed"] == 4
     card = (tmp_path / "first/model/README.md").read_text()
-    assert "# tiny, trained by sft.py" in card and str(file) in card and "git_commit" in card
-    assert (tmp_path / "first/evaluations.jsonl").read_text() in card
-    record = json.loads((tmp_path / "first/args.json").read_text())
-    (tmp_path / "typed.json").write_text(json.dumps({"args": record["args"] | {"seed": "many"}}))
-    (tmp_path / "unknown.json").write_text(json.dumps({"args": record["args"] | {"speed": 3}}))
-    assert "--seed" in run("sft", "--config", "typed.json", cwd=tmp_path, code=2)
-    assert "--speed" in run("sft", "--config", "unknown.json", cwd=tmp_path, code=2)
+    assert "# tiny, trained by dpo.py" in card and str(file) in card and "git_commit" in card
+    (tmp_path / "typed.json").write_text(json.dumps({"args": first | {"seed": "many"}}))
+    (tmp_path / "unknown.json").write_text(json.dumps({"args": first | {"speed": 3}}))
+    assert "--seed" in run("dpo", "--config", "typed.json", cwd=tmp_path, code=2)
+    assert "--speed" in run("dpo", "--config", "unknown.json", cwd=tmp_path, code=2)
 
 
 def test_a_run_ends_when_its_kl_passes_the_target(tmp_path):
     """With its model saved and evaluated, as after its last update."""
     flags = [
-        *QUICK["p3o_v2"].split(),
+        *QUICK["p3o_v1"].split(),
         "--num-updates",
         6,
         "--learning-rate",
@@ -658,7 +554,7 @@ def test_a_run_ends_when_its_kl_passes_the_target(tmp_path):
         "--target-kl",
         1e-6,
     ]
-    said = run("p3o_v2", *flags, "--output-dir", "run", cwd=tmp_path)
+    said = run("p3o_v1", *flags, "--output-dir", "run", cwd=tmp_path)
     metrics = [
         json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     ]
@@ -668,18 +564,10 @@ def test_a_run_ends_when_its_kl_passes_the_target(tmp_path):
     assert f"ends after {len(metrics)} updates: the KL, " in said
     last = json.loads((tmp_path / "run/frontier.jsonl").read_text().splitlines()[-1])
     assert last["step"] == len(metrics) and (tmp_path / "run/model").is_dir()
-    shutil.rmtree(
-        tmp_path / "run/model"
-    )  # as if it had been killed when it had written its checkpoint
-    said = run("p3o_v2", *flags, "--output-dir", "run", "--resume", cwd=tmp_path)
-    assert (
-        f"ends after {len(metrics)} updates: the KL, " in said and (tmp_path / "run/model").is_dir()
-    )
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == len(metrics)
 
 
 def test_a_script_copied_elsewhere_says_where_tiny_is(tmp_path):
-    shutil.copy(ROOT / "p3o_v2.py", tmp_path / "mine.py")
+    shutil.copy(ROOT / "p3o_v1.py", tmp_path / "mine.py")
     said = run(tmp_path / "mine.py", cwd=tmp_path, code=2)
     assert (
         "tiny/ lies beside the scripts in the repository: pass --model, --dataset and --reward-fn."

@@ -128,13 +128,14 @@ def check(seed):
     )
     ids = [torch.tensor(tokenizer(prompt).input_ids) for prompt in prompts]
     noise = torch.rand(
-        len(ids), 128, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        len(ids), 1, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
     texts = []
     for i in range(0, len(ids), 1000):
         part = ids[i : i + 1000], noise[i : i + 1000]
-        samples = p3o_v2.sample_responses(policy, *part, 1.0, [tokenizer.eos_token_id])
-        texts += tokenizer.batch_decode([y for y, *_ in samples], skip_special_tokens=True)
+        with torch.no_grad():
+            samples = p3o_v2.sample_responses(policy, *part, 1.0, [tokenizer.eos_token_id])
+        texts += tokenizer.batch_decode([y for [y], _ in samples], skip_special_tokens=True)
     rng = random.Random(seed)
     print("SFT policy, 10,000 samples: ", choices(texts, prompts))
     print("its first 1,000 samples:    ", choices(texts[:1000], prompts[:1000]))
@@ -163,11 +164,13 @@ def check(seed):
         p3o_v2.in_batches, partial(p3o_v2.response_scores, reward_model), batch_size=256
     )
     x = [torch.tensor(tokenizer(row["prompt"]).input_ids) for row in test]
-    y_w, y_l = (
-        [torch.tensor([*tokenizer(row[key]).input_ids, 0]) for row in test]
-        for key in ("chosen", "rejected")
-    )
-    margins = score(x, y_w) - score(x, y_l)
+    pairs = [
+        [torch.tensor([*tokenizer(row[key]).input_ids, 0]) for key in ("chosen", "rejected")]
+        for row in test
+    ]
+    with torch.no_grad():
+        scores = score(x, pairs)
+    margins = scores[:, 0] - scores[:, 1]
     print(f"reward model's accuracy on them: {(margins.sign() / 2 + 0.5).mean():.1%}")
     kept = (path for path in HERE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     size = sum(path.stat().st_size for path in kept)
