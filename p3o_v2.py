@@ -171,9 +171,8 @@ class UserError(Exception):
 def check_numbers(args):
     """Raises UserError for a negative number, or a zero where it makes no sense."""
     for name, value in vars(args).items():
-        if type(value) not in (int, float) or value > 0:
-            continue
-        if value != 0 or name not in MAY_BE_ZERO:
+        lowest = 0 if name in MAY_BE_ZERO else 1e-9
+        if type(value) in (int, float) and not value >= lowest:
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
 
 
@@ -203,17 +202,20 @@ def find_model(stage, args):
 
 def load_model(auto_class, name, device, args, trainable=False):
     """A model from a folder or the hub. Raises UserError if it cannot be used here."""
-    model, info = auto_class.from_pretrained(
-        name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-    )
+    try:
+        model, info = auto_class.from_pretrained(
+            name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
     if info["missing_keys"]:
         raise UserError(f"{name} is not a {auto_class.__name__}: no {sorted(info['missing_keys'])}")
-    set_up_model(model.to(device), args, trainable)
-    head = model.get_output_embeddings()
+    head = model.to(device).get_output_embeddings()
     ids = torch.arange(3, device=device)[None]  # any three tokens
     with torch.no_grad():
         if head and not head(model.base_model(ids)[0]).allclose(model(ids).logits, atol=1e-3):
             raise UserError(f"{name} scales or caps its logits, which is not supported")
+    set_up_model(model, args, trainable)
     return model
 
 
@@ -238,8 +240,8 @@ def set_up_model(model, args, trainable):
 def load_tokenizer(name, model):
     """The tokenizer of a policy, and the ids that end its responses."""
     tokenizer = AutoTokenizer.from_pretrained(name)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{name} has no tokenizer with an end-of-sequence token")
+    if tokenizer.eos_token_id is None or not tokenizer("a").input_ids:
+        raise UserError(f"{name} has no tokenizer, or one without an end-of-sequence token")
     ends = getattr(model, "generation_config", model.config).eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return tokenizer, sorted({tokenizer.eos_token_id, *ends} - {None})
@@ -254,10 +256,10 @@ def load_splits(args):
             splits = datasets.load_dataset(kind, data_files=path)
         else:
             splits = datasets.load_dataset(path)
-    except datasets.exceptions.DatasetsError as error:
+        if list(splits) == ["train"]:
+            splits = splits["train"].train_test_split(test_size=0.1, seed=0)
+    except (datasets.exceptions.DatasetsError, ValueError, StopIteration) as error:
         raise UserError(f"--dataset {path}: {error.__cause__ or error}") from error
-    if list(splits) == ["train"]:
-        splits = splits["train"].train_test_split(test_size=0.1, seed=0)
     test = {"test", "validation", "valid"} & set(splits)
     if "train" not in splits or not test:
         raise UserError(f"--dataset {path} has the splits {list(splits)}: run prepare_data.py")
@@ -334,8 +336,8 @@ def decode_pairs(tokenizer, prompts, responses):
 def text_rewards(function, tokenizer, prompts, responses):
     """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
     pairs = decode_pairs(tokenizer, prompts, responses)
-    texts = [[pair[key] for pair in pairs] for key in ("prompt", "response")]
-    rewards = torch.as_tensor(function(*texts), dtype=torch.float32)
+    rewards = function([pair["prompt"] for pair in pairs], [pair["response"] for pair in pairs])
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)
     if rewards.shape != (len(pairs),) or not rewards.isfinite().all():
         raise UserError(f"the reward function returned {rewards}, not {len(pairs)} finite numbers")
     return rewards.view(len(prompts), -1)
@@ -545,13 +547,13 @@ def find_checkpoint(folder, record, args):
     The folder must be empty or hold a run; to resume, one with the same settings as in `record`.
     """
     file = folder / "args.json"
-    if not file.is_file() and any(folder.glob("*")):
+    saved = json.loads(file.read_text()) if file.is_file() else {}
+    if "script" not in saved and any(folder.glob("*")):
         raise UserError(f"{folder} is not empty and not a run: pass another --output-dir")
-    if not file.is_file() or args.overwrite:
+    if not saved or args.overwrite:
         return None
     if not args.resume:
         raise UserError(f"{folder} holds a run: pass --resume, --overwrite or --output-dir")
-    saved = json.loads(file.read_text())
     for key, value in json.loads(json.dumps(record)).items():  # tuples become lists
         if key not in MAY_CHANGE and saved.get(key) != value:
             raise UserError(f"{folder} is a run with {key} {saved.get(key)}, not {value}")
@@ -577,8 +579,8 @@ def save_checkpoint(folder, model, optimizer, state):
     new = folder / f"checkpoint-{state['update']:06}.pt"
     part = new.with_suffix(".part")
     log_sizes = {name: (folder / name).stat().st_size for name in LOGS}
-    weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, **weights, "log_sizes": log_sizes}, part)
+    state_dicts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state | state_dicts | {"log_sizes": log_sizes}, part)
     part.rename(new)  # a checkpoint is never half written
     for old in set(folder.glob(f"{CHECKPOINT}.p*t")) - {new}:  # .pt and .part
         old.unlink()
@@ -601,7 +603,7 @@ def log_evaluation(accelerator, folder, update, values, samples):
     for name, value in values.items():
         value = accelerator.gather(value.to(accelerator.device).double())
         point[name] = value.mean().item()
-        point[f"{name}_se"] = value.std().item() / len(value) ** 0.5
+        point[f"{name}_se"] = value.std(correction=0).item() / len(value) ** 0.5
     log(accelerator, folder / "frontier.jsonl", update, point, prefix="eval/")
     samples = gather_object(samples)
     means = [f"{name} {point[name]:.3g}" for name in values]
@@ -668,8 +670,8 @@ def main(args):
     # Optimizer, and where to start
     optimizer = torch.optim.AdamW(
         policy.parameters(),
-        lr=args.learning_rate,
-        betas=args.adam_betas,
+        args.learning_rate,
+        args.adam_betas,
         weight_decay=args.weight_decay,
         fused=True,
     )
@@ -687,8 +689,10 @@ def main(args):
         import wandb  # optional
 
         wandb.init(project="p3o", name=str(folder), config=record, sync_tensorboard=True)
-    purge = {"purge_step": state["update"] + 1}  # drops what was logged after the checkpoint
-    accelerator.init_trackers(folder.name, init_kwargs={"tensorboard": purge})
+    # What was logged after the checkpoint is dropped.
+    accelerator.init_trackers(
+        folder.name, init_kwargs={"tensorboard": {"purge_step": state["update"] + 1}}
+    )
 
     def sample(model, prompts, k, *purpose):
         """k responses to each prompt, and their log π(y|x), [B, k] float64."""
@@ -747,7 +751,7 @@ def main(args):
             lengths, ended = lengths_and_ends(responses, end_ids)
             rewards = scores - args.missing_eos_penalty * (1 - ended.to(device))
             rewards = rewards - rewards.mean(1, keepdim=True)
-            state["square_sum"] += accelerator.reduce(rewards.square().sum(), "sum").item()
+            state["square_sum"] += accelerator.reduce(rewards.square().sum()).item()
             state["count"] += B * (K - 1)  # degrees of freedom
             scale = (state["square_sum"] / state["count"]) ** 0.5 or 1.0
             rewards = (rewards / scale).clamp(-10, 10)
@@ -771,7 +775,7 @@ def main(args):
                     with autocast():
                         logps = response_logps(policy, *inputs, args.temperature)
                     if not stats:  # no step yet, so training must agree with sampling
-                        init_error = (logps.detach() - sampled_logps[micro]).abs().max().item()
+                        init_error = (logps - sampled_logps[micro]).abs().max().item()
                         if not init_error < (2 if args.dtype == "bfloat16" else 0.5):
                             raise UserError(
                                 f"--model {args.model}: sampling and training disagree by "

@@ -120,9 +120,8 @@ class UserError(Exception):
 def check_numbers(args):
     """Raises UserError for a negative number, or a zero where it makes no sense."""
     for name, value in vars(args).items():
-        if type(value) not in (int, float) or value > 0:
-            continue
-        if value != 0 or name not in MAY_BE_ZERO:
+        lowest = 0 if name in MAY_BE_ZERO else 1e-9
+        if type(value) in (int, float) and not value >= lowest:
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
 
 
@@ -171,8 +170,8 @@ def set_up_model(model, args, trainable):
 def load_tokenizer(name, model):
     """The tokenizer of a policy, and the ids that end its responses."""
     tokenizer = AutoTokenizer.from_pretrained(name)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{name} has no tokenizer with an end-of-sequence token")
+    if tokenizer.eos_token_id is None or not tokenizer("a").input_ids:
+        raise UserError(f"{name} has no tokenizer, or one without an end-of-sequence token")
     ends = getattr(model, "generation_config", model.config).eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return tokenizer, sorted({tokenizer.eos_token_id, *ends} - {None})
@@ -187,10 +186,10 @@ def load_splits(args):
             splits = datasets.load_dataset(kind, data_files=path)
         else:
             splits = datasets.load_dataset(path)
-    except datasets.exceptions.DatasetsError as error:
+        if list(splits) == ["train"]:
+            splits = splits["train"].train_test_split(test_size=0.1, seed=0)
+    except (datasets.exceptions.DatasetsError, ValueError, StopIteration) as error:
         raise UserError(f"--dataset {path}: {error.__cause__ or error}") from error
-    if list(splits) == ["train"]:
-        splits = splits["train"].train_test_split(test_size=0.1, seed=0)
     test = {"test", "validation", "valid"} & set(splits)
     if "train" not in splits or not test:
         raise UserError(f"--dataset {path} has the splits {list(splits)}: run prepare_data.py")
@@ -209,7 +208,7 @@ def split_dialogue(row):
     prompt = "".join(row["chosen"].rpartition("\n\nAssistant:")[:2])
     parts = {"prompt": prompt}
     for key in ("chosen", "rejected"):
-        text = row.get(key, "")
+        text = row.get(key) or ""
         parts[key] = text[len(prompt) :] if text.startswith(prompt) else ""
     return parts
 
@@ -336,7 +335,7 @@ def evaluate_pairs(chosen_scores, rejected_scores):
     distance between confidence σ(|margin|) and share of wins, over ten bins of confidence.
     """
     margins = chosen_scores - rejected_scores
-    wins = margins.sign() / 2 + 0.5
+    wins = margins.sign() / 2 + 0.5  # a tie is half
     scores = torch.cat([chosen_scores, rejected_scores])
     point = {
         "rm/eval_loss": -F.logsigmoid(margins).mean().item(),
@@ -344,8 +343,8 @@ def evaluate_pairs(chosen_scores, rejected_scores):
         "rm/eval_score_mean": scores.mean().item(),
         "rm/eval_score_std": scores.std().item(),
     }
-    deciles = wins[margins.abs().argsort()].tensor_split(min(10, len(wins)))
-    for i, decile in enumerate(deciles):
+    by_margin = wins[margins.abs().argsort()]
+    for i, decile in enumerate(by_margin.tensor_split(min(10, len(wins)))):
         point[f"rm/eval_accuracy_decile_{i}"] = decile.mean().item()
     confidence = margins.abs().sigmoid()  # from 0.5 to 1
     bins = ((confidence - 0.5) * 20).long().clamp(max=9)
@@ -394,13 +393,13 @@ def find_checkpoint(folder, record, args):
     The folder must be empty or hold a run; to resume, one with the same settings as in `record`.
     """
     file = folder / "args.json"
-    if not file.is_file() and any(folder.glob("*")):
+    saved = json.loads(file.read_text()) if file.is_file() else {}
+    if "script" not in saved and any(folder.glob("*")):
         raise UserError(f"{folder} is not empty and not a run: pass another --output-dir")
-    if not file.is_file() or args.overwrite:
+    if not saved or args.overwrite:
         return None
     if not args.resume:
         raise UserError(f"{folder} holds a run: pass --resume, --overwrite or --output-dir")
-    saved = json.loads(file.read_text())
     for key, value in json.loads(json.dumps(record)).items():  # tuples become lists
         if key not in MAY_CHANGE and saved.get(key) != value:
             raise UserError(f"{folder} is a run with {key} {saved.get(key)}, not {value}")
@@ -426,8 +425,8 @@ def save_checkpoint(folder, model, optimizer, state):
     new = folder / f"checkpoint-{state['update']:06}.pt"
     part = new.with_suffix(".part")
     log_sizes = {name: (folder / name).stat().st_size for name in LOGS}
-    weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, **weights, "log_sizes": log_sizes}, part)
+    state_dicts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state | state_dicts | {"log_sizes": log_sizes}, part)
     part.rename(new)  # a checkpoint is never half written
     for old in set(folder.glob(f"{CHECKPOINT}.p*t")) - {new}:  # .pt and .part
         old.unlink()
@@ -498,8 +497,8 @@ def main(args):
     # Optimizer, and where to start
     optimizer = torch.optim.AdamW(
         reward_model.parameters(),
-        lr=args.learning_rate,
-        betas=args.adam_betas,
+        args.learning_rate,
+        args.adam_betas,
         weight_decay=args.weight_decay,
         fused=True,
     )
@@ -517,8 +516,10 @@ def main(args):
         import wandb  # optional
 
         wandb.init(project="p3o", name=str(folder), config=record, sync_tensorboard=True)
-    purge = {"purge_step": state["update"] + 1}  # drops what was logged after the checkpoint
-    accelerator.init_trackers(folder.name, init_kwargs={"tensorboard": purge})
+    # What was logged after the checkpoint is dropped.
+    accelerator.init_trackers(
+        folder.name, init_kwargs={"tensorboard": {"purge_step": state["update"] + 1}}
+    )
 
     autocast = partial(torch.autocast, device.type, torch.bfloat16, args.dtype == "bfloat16")
 
@@ -526,10 +527,14 @@ def main(args):
     @autocast()
     def evaluate(update):
         """Log the accuracy and calibration on held-out pairs."""
-        score = partial(response_scores, reward_model)
-        scores = in_batches(score, eval_prompts, eval_responses, batch_size=args.micro_batch_size)
+        scores = in_batches(
+            partial(response_scores, reward_model),
+            eval_prompts,
+            eval_responses,
+            batch_size=args.micro_batch_size,
+        )
         scores = accelerator.gather(scores.double())  # [N, 2]
-        point = evaluate_pairs(scores[:, 0], scores[:, 1])
+        point = evaluate_pairs(*scores.T)
         log(accelerator, folder / "evaluations.jsonl", update, point)
         if is_main:
             tqdm.write(
@@ -555,7 +560,7 @@ def main(args):
             prompts, responses = zip(*share[i : i + args.micro_batch_size])
             with autocast():
                 scores = response_scores(reward_model, prompts, responses)  # [B, 2]
-            loss, _ = bradley_terry_loss(scores[:, 0], scores[:, 1])
+            loss, _ = bradley_terry_loss(*scores.T)
             (loss * len(prompts) / len(share)).backward()
             share_scores.append(scores.detach())
         grad_norm = clip_gradients(accelerator, reward_model, args.max_grad_norm)

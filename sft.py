@@ -108,9 +108,8 @@ class UserError(Exception):
 def check_numbers(args):
     """Raises UserError for a negative number, or a zero where it makes no sense."""
     for name, value in vars(args).items():
-        if type(value) not in (int, float) or value > 0:
-            continue
-        if value != 0 or name not in MAY_BE_ZERO:
+        lowest = 0 if name in MAY_BE_ZERO else 1e-9
+        if type(value) in (int, float) and not value >= lowest:
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
 
 
@@ -123,17 +122,20 @@ def stage_folder(script, args):
 
 def load_model(auto_class, name, device, args, trainable=False):
     """A model from a folder or the hub. Raises UserError if it cannot be used here."""
-    model, info = auto_class.from_pretrained(
-        name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-    )
+    try:
+        model, info = auto_class.from_pretrained(
+            name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
     if info["missing_keys"]:
         raise UserError(f"{name} is not a {auto_class.__name__}: no {sorted(info['missing_keys'])}")
-    set_up_model(model.to(device), args, trainable)
-    head = model.get_output_embeddings()
+    head = model.to(device).get_output_embeddings()
     ids = torch.arange(3, device=device)[None]  # any three tokens
     with torch.no_grad():
         if head and not head(model.base_model(ids)[0]).allclose(model(ids).logits, atol=1e-3):
             raise UserError(f"{name} scales or caps its logits, which is not supported")
+    set_up_model(model, args, trainable)
     return model
 
 
@@ -158,8 +160,8 @@ def set_up_model(model, args, trainable):
 def load_tokenizer(name, model):
     """The tokenizer of a policy, and the ids that end its responses."""
     tokenizer = AutoTokenizer.from_pretrained(name)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{name} has no tokenizer with an end-of-sequence token")
+    if tokenizer.eos_token_id is None or not tokenizer("a").input_ids:
+        raise UserError(f"{name} has no tokenizer, or one without an end-of-sequence token")
     ends = getattr(model, "generation_config", model.config).eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return tokenizer, sorted({tokenizer.eos_token_id, *ends} - {None})
@@ -174,10 +176,10 @@ def load_splits(args):
             splits = datasets.load_dataset(kind, data_files=path)
         else:
             splits = datasets.load_dataset(path)
-    except datasets.exceptions.DatasetsError as error:
+        if list(splits) == ["train"]:
+            splits = splits["train"].train_test_split(test_size=0.1, seed=0)
+    except (datasets.exceptions.DatasetsError, ValueError, StopIteration) as error:
         raise UserError(f"--dataset {path}: {error.__cause__ or error}") from error
-    if list(splits) == ["train"]:
-        splits = splits["train"].train_test_split(test_size=0.1, seed=0)
     test = {"test", "validation", "valid"} & set(splits)
     if "train" not in splits or not test:
         raise UserError(f"--dataset {path} has the splits {list(splits)}: run prepare_data.py")
@@ -196,7 +198,7 @@ def split_dialogue(row):
     prompt = "".join(row["chosen"].rpartition("\n\nAssistant:")[:2])
     parts = {"prompt": prompt}
     for key in ("chosen", "rejected"):
-        text = row.get(key, "")
+        text = row.get(key) or ""
         parts[key] = text[len(prompt) :] if text.startswith(prompt) else ""
     return parts
 
@@ -363,13 +365,13 @@ def find_checkpoint(folder, record, args):
     The folder must be empty or hold a run; to resume, one with the same settings as in `record`.
     """
     file = folder / "args.json"
-    if not file.is_file() and any(folder.glob("*")):
+    saved = json.loads(file.read_text()) if file.is_file() else {}
+    if "script" not in saved and any(folder.glob("*")):
         raise UserError(f"{folder} is not empty and not a run: pass another --output-dir")
-    if not file.is_file() or args.overwrite:
+    if not saved or args.overwrite:
         return None
     if not args.resume:
         raise UserError(f"{folder} holds a run: pass --resume, --overwrite or --output-dir")
-    saved = json.loads(file.read_text())
     for key, value in json.loads(json.dumps(record)).items():  # tuples become lists
         if key not in MAY_CHANGE and saved.get(key) != value:
             raise UserError(f"{folder} is a run with {key} {saved.get(key)}, not {value}")
@@ -395,8 +397,8 @@ def save_checkpoint(folder, model, optimizer, state):
     new = folder / f"checkpoint-{state['update']:06}.pt"
     part = new.with_suffix(".part")
     log_sizes = {name: (folder / name).stat().st_size for name in LOGS}
-    weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, **weights, "log_sizes": log_sizes}, part)
+    state_dicts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state | state_dicts | {"log_sizes": log_sizes}, part)
     part.rename(new)  # a checkpoint is never half written
     for old in set(folder.glob(f"{CHECKPOINT}.p*t")) - {new}:  # .pt and .part
         old.unlink()
@@ -462,8 +464,8 @@ def main(args):
     # Optimizer, and where to start
     optimizer = torch.optim.AdamW(
         policy.parameters(),
-        lr=args.learning_rate,
-        betas=args.adam_betas,
+        args.learning_rate,
+        args.adam_betas,
         weight_decay=args.weight_decay,
         fused=True,
     )
@@ -481,8 +483,10 @@ def main(args):
         import wandb  # optional
 
         wandb.init(project="p3o", name=str(folder), config=record, sync_tensorboard=True)
-    purge = {"purge_step": state["update"] + 1}  # drops what was logged after the checkpoint
-    accelerator.init_trackers(folder.name, init_kwargs={"tensorboard": purge})
+    # What was logged after the checkpoint is dropped.
+    accelerator.init_trackers(
+        folder.name, init_kwargs={"tensorboard": {"purge_step": state["update"] + 1}}
+    )
 
     autocast = partial(torch.autocast, device.type, torch.bfloat16, args.dtype == "bfloat16")
 
