@@ -40,7 +40,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores):
@@ -189,7 +189,7 @@ def load_splits(args):
         if list(splits) == ["train"]:
             splits = splits["train"].train_test_split(test_size=0.1, seed=0)
     except (datasets.exceptions.DatasetsError, ValueError, StopIteration) as error:
-        raise UserError(f"--dataset {path}: {error.__cause__ or error}") from error
+        raise UserError(f"--dataset {path}: {error.__cause__ or error!r}") from error
     test = {"test", "validation", "valid"} & set(splits)
     if "train" not in splits or not test:
         raise UserError(f"--dataset {path} has the splits {list(splits)}: run prepare_data.py")
@@ -474,12 +474,16 @@ def main(args):
         policy_name, num_labels=1, dtype=torch.float32, attn_implementation="sdpa"
     )
     set_up_model(reward_model.to(device), args, trainable=True)
+    try:  # the ends of a response are those of the policy
+        reward_model.generation_config = GenerationConfig.from_pretrained(policy_name)
+    except OSError:
+        pass
     tokenizer, end_ids = load_tokenizer(policy_name, reward_model)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # transformers reads the score before the padding, which must not look like the end.
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-        if len(tokenizer) > reward_model.get_input_embeddings().num_embeddings:
-            reward_model.resize_token_embeddings(len(tokenizer))
+        size = max(len(tokenizer), reward_model.config.vocab_size)
+        reward_model.resize_token_embeddings(size)
     reward_model.config.pad_token_id = tokenizer.pad_token_id
     positions = getattr(reward_model.config, "max_position_embeddings", sys.maxsize)
     longest = min(args.max_prompt_tokens, positions - args.max_response_tokens)

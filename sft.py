@@ -179,7 +179,7 @@ def load_splits(args):
         if list(splits) == ["train"]:
             splits = splits["train"].train_test_split(test_size=0.1, seed=0)
     except (datasets.exceptions.DatasetsError, ValueError, StopIteration) as error:
-        raise UserError(f"--dataset {path}: {error.__cause__ or error}") from error
+        raise UserError(f"--dataset {path}: {error.__cause__ or error!r}") from error
     test = {"test", "validation", "valid"} & set(splits)
     if "train" not in splits or not test:
         raise UserError(f"--dataset {path} has the splits {list(splits)}: run prepare_data.py")

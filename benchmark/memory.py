@@ -119,7 +119,7 @@ def memory(args, config):
         ):  # and DeepSpeed's own copy of its share of the weights, and its bucket of gradients
             parts = {"trained weights": weights + 4 * n / shards, "gradients": gradient / shards}
             parts |= {"AdamW": adam / shards, "buckets": 4 * min(n, 500_000_000) * gradients}
-        if sharing == "ddp":
+        if sharing == "ddp" and not second_plan:
             parts["buckets"] = 4 * n
         if args.unfrozen_layers:
             parts["frozen weights of the policy"] = still

@@ -4,9 +4,7 @@ import ast
 import json
 import re
 import runpy
-import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,26 +155,8 @@ def test_the_recipe_of_talking_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_the_recipe_of_csv_gives_rows_that_are_read_back(tmp_path):
-    (command,) = (line for line in commands(RECIPES) if "csv.DictReader" in line)
-    (tmp_path / "data.csv").write_text(
-        'prompt,completion\n"Say ""a"", please",a\n2023-01-01,"b\nc"\n'
-    )
-    subprocess.run(
-        command.replace("python", shlex.quote(sys.executable), 1),
-        shell=True,
-        cwd=tmp_path,
-        check=True,
-    )
-    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
-    wanted = [
-        {"prompt": 'Say "a", please', "completion": "a"},
-        {"prompt": "2023-01-01", "completion": "b\nc"},
-    ]
-    assert rows == wanted
-
-
 def test_the_recipe_of_ending_a_stopped_run_saves_its_model(tmp_path):
+    """And what the run logs is explained in docs/metrics.md."""
     run("p3o_v2", *TINY, "--num-updates", 2, cwd=tmp_path)
     folder = tmp_path / "runs/p3o_v2/tiny/tiny"
     shutil.rmtree(
@@ -185,6 +165,11 @@ def test_the_recipe_of_ending_a_stopped_run_saves_its_model(tmp_path):
     run("p3o_v2", *TINY, "--resume", "--num-updates", 2, cwd=tmp_path)
     assert (folder / "model").is_dir()
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    table = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.M)
+    explained = {key for row in table for key in re.findall(r"`([\w/]+)`", row)}
+    for name in ("metrics.jsonl", "frontier.jsonl"):
+        row = json.loads((folder / name).read_text().splitlines()[-1])
+        assert {key.removesuffix("_se") for key in row} - explained == {"step"}
 
 
 # --------------------------------------------------------------------------------------------------------- the memory
@@ -260,7 +245,7 @@ def test_computed_activations_are_those_that_torch_keeps(shape, dtype, checkpoin
 
 
 def test_the_table_of_memory_and_time_is_computed():
-    rows, speed, names = 0, 0, {"ddp": "ddp", "deepspeed_zero2": "zero2", "fsdp2": "fsdp2"}
+    rows, speed = 0, 0
     for line in RECIPES.splitlines():
         speed = (re.findall(r"at (\d+) TFLOP/s", line, re.I) or [speed])[0]
         match = re.fullmatch(
@@ -276,15 +261,15 @@ def test_the_table_of_memory_and_time_is_computed():
             speed,
             *re.sub(r" --dataset \w+", "", flags).split(),
         ]
-        if config := re.search(r"configs/(\w+)\.yaml --num_processes (\d+)", launcher):
-            options += ["--sharing", names[config[1]], "--processes", config[2]]
+        if processes := re.search(r"--num_processes (\d+)", launcher):
+            options += ["--sharing", "ddp", "--processes", processes[1]]
         args = tyro.cli(memory.Args, args=options, config=(tyro.conf.FlagCreatePairsOff,))
         gib = [sum(parts.values()) / 2**30 for parts in memory.memory(args, config_of(args.model))]
         seconds = sum(memory.seconds(args, config_of(args.model))) if script in memory.ONLINE else 0
         assert shown == [f"{number:.1f}" if number else "–" for number in (*gib, seconds)], line
         assert max(gib) < (24 if int(speed) < 100 else 80), line
         rows += 1
-    assert rows == 26
+    assert rows == len(re.findall(r"^\| `[^`]*\.py --model pythia", RECIPES, re.M)) > 0
 
 
 def test_the_citation_is_of_this_version_and_license():

@@ -72,14 +72,6 @@ def test_limit_is_the_exact_frontier(world):
     assert (curve["kl"].diff() > 0).all() and (curve["reward"].diff() > 0).all()
 
 
-def test_limit_of_equal_rewards_is_the_reference():
-    curve = limit_curve(torch.ones(2, 8), [0.1, 1.0])
-    assert curve["kl"].tolist() == pytest.approx([0, 0]) and curve["ess"].tolist() == pytest.approx(
-        [8, 8]
-    )
-    assert curve["reward"].tolist() == pytest.approx([1, 1])
-
-
 @pytest.mark.parametrize("n", [1, 3])
 def test_best_of_n_is_the_mean_over_all_draws(n):
     generator = torch.Generator().manual_seed(n)
@@ -113,10 +105,6 @@ PATH = [(0.0, 1.0), (1.0, 3.0), (2.0, 2.0)]
 )
 def test_reward_at(points, kappa, expected):
     assert reward_at(points, kappa) == pytest.approx(expected)
-
-
-def test_reward_where_a_path_never_is():
-    assert math.isnan(reward_at([(2.0, 1.0), (3.0, 2.0)], 1.0))
 
 
 def test_win_rate_and_its_interval():
@@ -206,12 +194,6 @@ def test_frontier(runs, tmp_path):
     assert re.search(r"\| limit .* 2.00 .* 5.00 \(too few samples\)", output)
 
 
-def test_frontier_of_gold(runs, tmp_path, capsys):
-    found = evaluate.frontier(Frontier(tuple(runs[:2]), tmp_path / "f.png", (1.0,), reward="gold"))
-    assert found["curves"]["p3o_v2"]["reward_at"]["1"]["reward"] == -1
-    assert re.search(r"-1.\d\d − 1.\d\d·KL", capsys.readouterr().out)  # it falls
-
-
 def test_what_leaves_a_curve_as_it_is_makes_no_other_curve(runs, tmp_path):
     """Seeds with and without --track or --config, and of a version that had neither."""
     changes = {"track": True, "config": "args.json", "dry_run": False}
@@ -262,11 +244,6 @@ def test_a_kl_that_a_seed_is_never_below(tmp_path, capsys):
     assert header.count("reward at") == 2 and "none" in row and len(row) == len(header)
 
 
-def test_a_run_given_twice_counts_once(runs, tmp_path):
-    found = evaluate.frontier(Frontier((runs[0], f"{runs[0]}/../a"), tmp_path / "f.png"))
-    assert found["curves"]["p3o_v2"]["seeds"] == [1]
-
-
 def broken(tmp_path, runs, case):
     folder = Path(runs[0])
     if case in ("empty", "broken", "number", "list"):
@@ -312,20 +289,6 @@ def test_frontier_refuses(case, sentence, runs, tmp_path):
     with pytest.raises(UserError, match=sentence):
         evaluate.frontier(Frontier(**broken(tmp_path, runs, case), output=tmp_path / "f.png"))
     assert not (tmp_path / "f.png").exists()
-
-
-@pytest.mark.parametrize(
-    "changes", [{"dataset": "hh"}, {"temperature": 0.7}, {"max_response_tokens": 9}]
-)
-def test_frontier_refuses_the_limit_of_something_else(changes, runs, tmp_path):
-    limit = make_limit(tmp_path / "limit.json", **changes)
-    record, settings = (
-        Path(runs[0], "args.json"),
-        '"temperature": 1.0, "max_response_tokens": 128, "beta"',
-    )
-    record.write_text(record.read_text().replace('"beta"', settings))
-    with pytest.raises(UserError, match=f"it has {next(iter(changes))} .*, .*a has"):
-        evaluate.frontier(Frontier(tuple(runs[:1]), tmp_path / "f.png", limit=limit))
 
 
 def test_the_gold_of_a_limit_is_the_runs(tmp_path):
@@ -469,7 +432,7 @@ def test_a_run_of_p3o_v2(real_run):
     taken = {"max_response_tokens": 48, "seed": 2, "eval_prompts": 16, "dataset": "tiny"}
     assert taken.items() <= found["args"].items() and found["num_prompts"] == 16
     trained, start = found["policies"]
-    assert start["kl"] == pytest.approx(0, abs=1e-6) < trained["kl"]
+    assert abs(start["kl"]) < 1e-6 < trained["kl"]
     last = json.loads((real_run / "new/frontier.jsonl").read_text().splitlines()[-1])
     for key in ("reward", "gold", "kl", "length"):
         error = (trained[f"{key}_se"] ** 2 + last[f"{key}_se"] ** 2) ** 0.5
@@ -624,12 +587,6 @@ def test_judge_asks_in_both_orders_and_never_again(server, judge, monkeypatch, t
     assert judge(ROWS[:1], judge_url=server.url + "/") == [1] and len(server.requests) == 2
 
 
-@pytest.mark.parametrize("bias, win", [("A", 0.5)])
-def test_judge_who_looks_at_the_position_alone(bias, win, server, judge):
-    server.reply = lambda *_: bias
-    assert judge(ROWS) == [win] * 4
-
-
 @pytest.mark.parametrize("wrong", ["Both are nice.", 500, b"not JSON", b'{"choices": []}'])
 def test_judge_is_asked_again(wrong, server, judge, capsys):
     server.reply = lambda a, b, number: wrong if number <= 2 else prefer_good(a, b, number)
@@ -647,20 +604,6 @@ def test_judge_without_verdict_is_counted(server, judge, capsys):
     assert sum("fine" in (request["a"], request["b"]) for request in server.requests) == 4
     server.reply = prefer_good
     assert judge(ROWS) == [1, 0, 1, 0.5]  # what was unjudged is asked again
-
-
-@pytest.mark.parametrize("code", [401])
-def test_judge_who_will_never_answer_is_not_asked_again(code, server, judge, capsys):
-    server.reply = lambda *_: code
-    assert (
-        judge(ROWS[:1], judge_workers=1) == [None] and len(server.requests) == 2
-    )  # the two orders
-    assert f"HTTP Error {code}" in capsys.readouterr().out
-
-
-def test_judge_who_is_not_there(judge, capsys):
-    assert judge(ROWS[:1], judge_url="http://127.0.0.1:9/v1", judge_retries=1) == [None]
-    assert "refused" in capsys.readouterr().out
 
 
 def test_compare_with_a_judge(real_run, server):

@@ -50,16 +50,13 @@ def data(tmp_path_factory):
 
 
 # ----------------------------------------------------------------------------------------------------- shared parts
-@pytest.mark.parametrize("schedule, last", [("constant", 1.0), ("linear", 0.5)])
-def test_the_learning_rate_rises_over_the_warm_up_then_follows_its_schedule(
-    schedule, last, data, tmp_path
-):
+def test_the_learning_rate_rises_over_the_warm_up_then_follows_its_schedule(data, tmp_path):
     """Two updates of warm-up of four: 0, a half, all of it, then by the schedule."""
     flags = [*SIZES["dpo"], "--num-updates", 4, "--warmup-updates", 2, "--learning-rate", 1e-4]
-    flags += ["--lr-schedule", schedule, "--eval-every", 0, "--save-every", 0]
+    flags += ["--lr-schedule", "linear", "--eval-every", 0, "--save-every", 0]
     run("dpo", *data[:4], *flags, cwd=tmp_path)
     found = [row["lr"] / 1e-4 for row in lines(tmp_path / "run/metrics.jsonl")]
-    assert found == pytest.approx([0, 0.5, 1, last])
+    assert found == pytest.approx([0, 0.5, 1, 0.5])
 
 
 def test_gradients_repeat_to_the_last_bit():
@@ -129,13 +126,13 @@ def test_online_scripts_learn_in_a_few_updates(script, tmp_path):
     (tmp_path / "my_reward.py").write_text(
         "def f(prompts, responses):\n    return [-len(y) / 10 for y in responses]\n"
     )
-    options = "--num-updates 8 --prompts-per-update 32 --eval-every 0 --eval-prompts 64 --learning-rate 1e-3".split()
+    options = "--num-updates 8 --prompts-per-update 16 --eval-every 0 --eval-prompts 64 --learning-rate 1e-3".split()
     run(script, *options, "--reward-fn", "my_reward.py:f", "--output-dir", "run", cwd=tmp_path)
     start, end = lines(tmp_path / "run/frontier.jsonl")
     assert end["reward"] - start["reward"] > 4 * (start["reward_se"] + end["reward_se"])
 
 
-@pytest.mark.parametrize("script", ["dpo", "mpo"])
+@pytest.mark.parametrize("script", ["dpo"])
 def test_offline_scripts_learn_the_preferences_of_held_out_pairs(script, data, tmp_path):
     options = "--num-updates 24 --minibatch-size 16 --eval-every 0 --eval-prompts 40 --learning-rate 1e-3".split()
     run(
@@ -170,99 +167,13 @@ def test_mistakes_are_told_in_one_sentence(script, options, sentence, data, tmp_
     assert {path.name for path in tmp_path.iterdir()} <= {"runs"}  # of a store, at most
 
 
-def test_a_changed_input_makes_a_new_store_and_says_why(data, tmp_path):
-    options = [*data, *SIZES["mpo"], "--num-updates", 1]
-    assert "being made, new since the last one: everything" in run("mpo", *options, cwd=tmp_path)
-    assert "made before" in run("mpo", *options, "--beta", 0.3, "--overwrite", cwd=tmp_path)
-    said = run("mpo", *options, "--seed", 2, "--overwrite", cwd=tmp_path)
-    assert "being made, new since the last one: seed" in said
-    assert len(list((tmp_path / "runs/cache").iterdir())) == 2
-
-
-def test_a_store_holds_the_log_probabilities_of_the_reference(data, tmp_path):
-    """At the start of dpo.py policy and reference are one: margins are 0, in training and held out."""
-    run("dpo", *data, *SIZES["dpo"], "--num-updates", 1, "--learning-rate", 1e-9, cwd=tmp_path)
-    (row,) = lines(tmp_path / "run/metrics.jsonl")
-    assert abs(row["rewards/margins"]) < 1e-5 and row["policy/loss"] == pytest.approx(
-        torch.tensor(2.0).log().item()
-    )
-
-
-@pytest.mark.parametrize(
-    "options", [["--share-trunk", "--dtype", "bfloat16"], ["--target-kl-adaptive", 6]]
-)
-def test_variants_of_ppo_run(options, data, tmp_path):
-    run("ppo", *data, *SIZES["ppo"], "--num-updates", 2, *options, cwd=tmp_path)
+def test_variants_of_ppo_run(data, tmp_path):
+    flags = ["--share-trunk", "--dtype", "bfloat16", "--target-kl-adaptive", 6]
+    run("ppo", *data, *SIZES["ppo"], "--num-updates", 2, *flags, cwd=tmp_path)
     rows = lines(tmp_path / "run/metrics.jsonl")
     assert all(abs(value) < 1e6 for row in rows for value in row.values())
     ratio = [row["objective/beta_raw"] for row in rows]
-    assert options[0] == "--share-trunk" or ratio[1] != ratio[0]  # far below the target: beta falls
-
-
-DELTA = """import zlib
-def f(prompts, responses):
-    return [len(y) / 8 + SIZE * (zlib.crc32(x.encode()) % 64) for x, y in zip(prompts, responses)]
-"""
-
-
-def test_delta_reward_takes_away_what_is_added_to_all_rewards_of_a_prompt(tmp_path):
-    """Also where a chosen response stands in another column, and the first of several to a prompt counts."""
-    rows = [
-        json.loads(line) for line in (ROOT / "tiny/data/train.jsonl").read_text().splitlines()[:60]
-    ]
-    pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
-    answers = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    others = [{"prompt": row["prompt"], "completion": row["chosen"] + " Or not."} for row in pairs]
-    plain = {}
-    for size, flags, data in [
-        (0, ["--delta-reward"], pairs),
-        (8, ["--delta-reward"], pairs),
-        (8, ["--delta-reward"], answers + others),
-        (0, [], pairs),
-    ]:
-        (tmp_path / "my_reward.py").write_text(DELTA.replace("SIZE", str(size)))
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
-        options = [
-            "--model",
-            ROOT / "tiny/sft",
-            "--dataset",
-            "rows.jsonl",
-            "--reward-fn",
-            "my_reward.py:f",
-            *flags,
-        ]
-        run(
-            "ppo",
-            *options,
-            *SIZES["ppo"],
-            "--num-updates",
-            1,
-            "--eval-every",
-            0,
-            "--overwrite",
-            cwd=tmp_path,
-        )
-        (found,) = without_times(lines(tmp_path / "run/metrics.jsonl"))
-        raw = found.pop("objective/reward"), found.pop("objective/reward_std")
-        plain = plain or {"raw": raw, **found}
-        assert (raw == plain["raw"]) == (size == 0)  # what is logged is the raw score
-        same = found == pytest.approx({key: plain[key] for key in found}, rel=1e-4, abs=1e-5)
-        assert same == (flags != []), (size, flags, data[0])
-
-
-@pytest.mark.parametrize("script", ["ipo"])
-def test_averages_of_log_probabilities(script, data, tmp_path):
-    run(script, *data, *SIZES[script], "--num-updates", 2, "--average-logprobs", cwd=tmp_path)
-    rows = lines(tmp_path / "run/metrics.jsonl")
-    assert all(-3 < row["logps/chosen"] < 0 for row in rows)  # nats a token, not a response
-
-
-def test_a_schedule_belongs_to_its_number_of_updates(data, tmp_path):
-    """Under a cosine a run of more updates is another run, from its first step on."""
-    options = [*data, *SMALL, "--minibatch-size", 8, "--lr-schedule", "cosine"]
-    run("dpo", *options, "--num-updates", 2, cwd=tmp_path)
-    said = run("dpo", *options, "--num-updates", 4, "--resume", cwd=tmp_path, code=2)
-    assert "num_updates 2 (now 4)" in said
+    assert ratio[1] != ratio[0]  # far below the target: beta falls
 
 
 def test_held_out_prompts_are_the_same_in_every_script(tmp_path):

@@ -108,12 +108,6 @@ def test_the_last_layers_and_the_head_are_trained_alone(shape, kind, unfrozen_la
     torch.testing.assert_close(found, {name: expected[name] for name in found})
 
 
-@pytest.mark.parametrize("unfrozen_layers", [-1, 3])
-def test_as_many_layers_are_trained_as_there_are(unfrozen_layers):
-    with pytest.raises(UserError, match=f"--unfrozen-layers {unfrozen_layers}: the model has 2"):
-        set_up("gpt_neox", unfrozen_layers=unfrozen_layers)
-
-
 # ------------------------------------------------------------------------------------------------------------- bfloat16
 @each_kind
 def test_bfloat16_changes_little(shape, kind):
@@ -137,65 +131,10 @@ def test_a_frozen_copy_in_bfloat16_is_the_same_to_the_bit(shape, kind):
     assert torch.equal(values_of(policy), values_of(reference))
 
 
-@each_kind
-@pytest.mark.parametrize("unfrozen_layers", [0, 1])
-def test_matrices_are_stored_in_bfloat16_where_they_are_frozen(shape, kind, unfrozen_layers):
-    """Those of the trunk: the head, norms and embeddings are not, nor are GPT-2's, which are no Linear layers."""
-    for train in (True, False):
-        model = set_up(shape, kind, train, "bfloat16", unfrozen_layers=unfrozen_layers)
-        linear = [part for part in model.base_model.modules() if isinstance(part, torch.nn.Linear)]
-        halved = {p for part in linear for p in part.parameters() if not p.requires_grad}
-        assert {p for p in model.parameters() if p.dtype == torch.bfloat16} == halved
-        assert all(p.dtype in (torch.float32, torch.bfloat16) for p in model.parameters())
-        assert len(halved) > 0 or shape == "gpt2" or train and not unfrozen_layers
-
-
-def test_bfloat16_with_frozen_layers_and_checkpointing(shape):
-    """All at once: log-probabilities and gradients are those of bfloat16 alone."""
-    plain = set_up(shape, dtype="bfloat16")
-    model = set_up(shape, dtype="bfloat16", gradient_checkpointing=True, unfrozen_layers=1)
-    expected, found = values_of(plain), values_of(model)
-    assert torch.equal(found, expected)
-    expected, found = gradients_of(plain, expected), gradients_of(model, found)
-    torch.testing.assert_close(found, {name: expected[name] for name in found})
-
-
-def test_sampling_in_bfloat16_agrees_with_training_but_for_rounding(shape):
-    model = set_up(shape, dtype="bfloat16")
-    prompts, responses, recorded = some_samples(model)
-    difference = (response_logprobs(model, prompts, responses, 1.0) - recorded)[recorded != 0].abs()
-    assert (
-        recorded.dtype == torch.float32 and 0 < difference.mean() < 0.05 and difference.max() < 0.5
-    )
-
-
-def test_sampling_in_bfloat16_uses_the_weights_as_they_are(shape):
-    """What it has rounded is forgotten at its end: gradients still flow, and a step of training is seen."""
-    model, unused, renewed = (set_up(shape, dtype="bfloat16") for _ in range(3))
-    before = some_samples(model)
-    found, expected = (gradients_of(part, values_of(part)) for part in (model, unused))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.sub_(0.1 * found[name].sign())
-    renewed.load_state_dict(model.state_dict())
-    found, expected = some_samples(model), some_samples(renewed)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert any(not torch.equal(y, z) for y, z in zip(before[1], found[1]))
-
-
 # ------------------------------------------------------------------------------------------- models that can be loaded
 FLOAT32 = SimpleNamespace(
     dtype="float32", gradient_checkpointing=False, unfrozen_layers=0, trust_remote_code=False
 )
-
-
-def test_a_model_is_loaded_as_it_was_saved(shape, tmp_path):
-    saved = build(shape, "policy", seed=1)
-    saved.save_pretrained(tmp_path)
-    loaded = load_model(AutoModelForCausalLM, str(tmp_path), "--model", "cpu", FLOAT32)
-    assert not loaded.training and loaded.dtype == torch.float32
-    torch.testing.assert_close(loaded.state_dict(), saved.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -283,8 +222,8 @@ def test_micro_batches_and_checkpointing_change_rounding_only(script, run):
     expected = {
         key: value
         for key, value in expected.items()
-        if not key.endswith("_per_second") and "time/" not in key
-    }
+        if not key.endswith(("_per_second", "accuracies")) and "time/" not in key
+    }  # dpo.py's margins are 0 at first, and their signs rounding
     assert expected["grad_norm"] > 0
     for other in others:
         (found,) = lines(other / "metrics.jsonl")

@@ -98,18 +98,6 @@ def test_variants_run(options, tmp_path):
         assert all(row["policy/clipfrac"] == 0 for row in rows)
 
 
-def test_reward_function_is_learned_in_a_few_updates(tmp_path):
-    """A reward that a few steps can reach: short responses."""
-    (tmp_path / "my_reward.py").write_text(
-        "def f(prompts, responses):\n    return [-len(y) / 10 for y in responses]\n"
-    )
-    options = "--num-updates 8 --prompts-per-update 32 --eval-every 0 --eval-prompts 64 --learning-rate 1e-3".split()
-    run("p3o_v1", *options, "--reward-fn", "my_reward.py:f", cwd=tmp_path)
-    start, end = lines(tmp_path / "runs/p3o_v1/tiny/tiny/frontier.jsonl")
-    assert end["reward"] - start["reward"] > 4 * (start["reward_se"] + end["reward_se"])
-    assert end["win_rate_vs_sft"] > 0.7
-
-
 def test_stages_of_the_second_plan_are_found(tmp_path):
     """sft.py and reward_model.py on a file of dialogues and a folder model; p3o_v1.py and evaluate.py take up theirs."""
     base = tmp_path / "models/small"
@@ -161,10 +149,3 @@ def test_a_stage_of_another_start_is_not_taken(tmp_path, monkeypatch):
     found = [p3o_v1.find_stage(stage, *x) for stage in ("sft", "reward_model") for x in asked]
     sft, scorer = (f"runs/{x}/rows.jsonl/pythia-1b/model" for x in ("sft", "reward_model"))
     assert found == [sft, None, None, scorer, scorer, None]
-
-
-def test_a_run_is_not_overwritten_unasked(p3o_run):
-    before = (p3o_run / "metrics.jsonl").read_bytes()
-    said = run("p3o_v1", *SMALL, "--beta", 1, "--output-dir", p3o_run, cwd=p3o_run, code=2)
-    assert "is of a run with beta 0.2 (now 1.0)" in said
-    assert (p3o_run / "metrics.jsonl").read_bytes() == before

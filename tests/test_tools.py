@@ -1,25 +1,18 @@
 """What the scripts leave to other tools, adapters and trackers among them, and the first contact with the hub."""
 
 import json
-import re
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import ROOT, run
 from peft import AutoPeftModelForCausalLM
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
 )
 
 import dpo
-import evaluate
 import p3o_v1
 
 QUICK = "--num-updates 2 --prompts-per-update 4 --minibatch-size 4 --num-epochs 1 --max-response-tokens 8 "
@@ -37,18 +30,6 @@ def lines(file):
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters
-@pytest.mark.parametrize("unfrozen, layers", [(0, {0, 1, 2, 3}), (2, {2, 3})])
-def test_factors_alone_are_trained_and_change_nothing_at_first(unfrozen, layers):
-    args = p3o_v1.Args(lora_rank=4, unfrozen_layers=unfrozen)
-    load = [AutoModelForCausalLM, f"{p3o_v1.TINY}/sft", "--model", "cpu", args]
-    policy, plain = p3o_v1.load_model(*load, train=True), p3o_v1.load_model(*load)
-    trained = {name for name, weight in policy.named_parameters() if weight.requires_grad}
-    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
-    assert {int(name.split("layers.")[1].split(".")[0]) for name in trained} == layers
-    found, expected = (p3o_v1.response_logprobs(model, *IDS, 1.0) for model in (policy, plain))
-    assert torch.equal(found, expected)
-
-
 class Seen(Exception):
     pass
 
@@ -97,50 +78,6 @@ def test_an_adapter_is_saved_merged_and_refused_unmerged(script, flags, tmp_path
     run(script, *flags, *start, "merged", cwd=tmp_path)
 
 
-def test_a_new_head_is_trained_beside_the_factors():
-    args = p3o_v1.Args(lora_rank=4)
-    load = [AutoModelForSequenceClassification, f"{p3o_v1.TINY}/sft", "--model", "cpu", args]
-    model = p3o_v1.load_model(*load, train=True, new_head=True, num_labels=1)
-    assert [k for k, w in model.named_parameters() if w.requires_grad and ".lora_" not in k] == [
-        "score.modules_to_save.default.weight"
-    ]
-
-
-# ----------------------------------------------------------------------------------------------------- quantised models
-@pytest.mark.parametrize("dtype", ["float32"])
-def test_a_quantised_reward_model_is_loaded_as_it_is(dtype, tmp_path, monkeypatch):
-    """By the lines of docs/recipes.md. It scores as transformers has it score."""
-    text = (ROOT / "docs/recipes.md").read_text()
-    (code,) = re.findall(
-        r"```python\n(from transformers import [^\n]*BitsAndBytesConfig\n.*?)```", text, re.S
-    )
-    shutil.copytree(ROOT / "tiny/reward_model", tmp_path / "REWARD")
-    monkeypatch.chdir(tmp_path)
-    exec(code)
-    run("p3o_v1", *QUICK, "--reward-model", "REWARD8", "--dtype", dtype, cwd=tmp_path)
-    sizes = [
-        (tmp_path / name / "model.safetensors").stat().st_size for name in ("REWARD", "REWARD8")
-    ]
-    assert sizes[1] < 0.6 * sizes[0]
-    model = p3o_v1.load_model(
-        AutoModelForSequenceClassification, "REWARD8", "", "cpu", p3o_v1.Args(dtype=dtype)
-    )
-    assert {"Linear8bitLt"} < {type(part).__name__ for part in model.modules()}
-    model = evaluate.load_frozen(
-        AutoModelForSequenceClassification, "REWARD8", "", model.device, evaluate.Args(dtype=dtype)
-    )
-    layers = [
-        part.weight.dtype for part in model.modules() if type(part).__name__ == "Linear8bitLt"
-    ]
-    assert len(layers) == 16 and {*layers} == {torch.int8}
-    plain = AutoModelForSequenceClassification.from_pretrained("REWARD8")
-    ids = [torch.cat(row)[None] for row in zip(*IDS)]
-    expected = torch.stack([plain(row).logits[0, 0] for row in ids])
-    assert torch.allclose(
-        p3o_v1.response_scores(model, *IDS), expected, atol=0.02 if dtype == "float32" else 0.1
-    )
-
-
 # ------------------------------------------------------------------------------------------------- a look at the data
 @pytest.mark.parametrize("script, parts", [("p3o_v1", 1), ("dpo", 3)])
 def test_a_dry_run_shows_rows_and_leaves_nothing(script, parts, tmp_path):
@@ -155,30 +92,6 @@ def test_a_dry_run_shows_rows_and_leaves_nothing(script, parts, tmp_path):
     )
     assert said.count("tokens: shortest, 5 %, median, 95 %, longest") == parts
     assert "GiB for weights, gradients and AdamW" in said
-
-
-def test_a_dry_run_shows_the_spaces(capsys):
-    """Also those that a token loses where it is decoded alone: SentencePiece's."""
-    tokenizer = Tokenizer(models.BPE({"▁": 0, "a": 1, "b": 2, "▁a": 3}, [("▁", "a")]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    p3o_v1.show_rows(tokenizer, [[torch.tensor([3, 2]), torch.tensor([3, 2, 1])]], [])
-    assert "\033[90ma|b\033[0m\n\033[32m a|b|a\033[0m\n" in capsys.readouterr().out
-
-
-def test_the_memory_of_a_dry_run(capsys):
-    """Four times the weights that are trained, once those that are not, once what is shared."""
-    trained, frozen = (
-        torch.nn.Linear(2**14, 2**14, bias=False),
-        torch.nn.Linear(2**14, 2**13, bias=False),
-    )
-    frozen.requires_grad_(False)
-    p3o_v1.show_rows(
-        AutoTokenizer.from_pretrained(f"{p3o_v1.TINY}/sft"),
-        [[IDS[0][0]]],
-        [trained, frozen, frozen],
-    )
-    assert "4.50 GiB for" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------- more ends
@@ -220,54 +133,6 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(stop):
         assert torch.equal(alone[0], found[11][0]) and torch.equal(alone[2], found[11][2])
 
 
-def test_an_answer_is_of_the_tokens_that_were_sampled():
-    """Though its text has a shorter form in tokens; the piece of a token before the stop string is written anew."""
-    tokenizer = AutoTokenizer.from_pretrained(f"{p3o_v1.TINY}/sft")
-    letters = [tokenizer(x).input_ids[0] for x in ("w", "a", "t", "e", "r")]
-    (last,) = tokenizer(" fresh").input_ids
-    assert len(tokenizer("water").input_ids) < 5
-    found = p3o_v1.before_stop(torch.tensor([*letters, last]), tokenizer, ["esh", "unseen"])
-    assert found[:5].tolist() == letters and found[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(found[:-1]) == "water fr"
-
-
-@pytest.mark.parametrize("script, flags", [("p3o_v1", QUICK)])
-def test_rewards_and_samples_stop_before_a_stop_string(script, flags, tmp_path):
-    """Backslash n is a line break, as no shell writes one."""
-    code = "def f(xs, ys):\n    assert not any('o' in y for y in ys)\n    return [len(y) for y in ys]\n"
-    (tmp_path / "r.py").write_text(code)
-    (tmp_path / "pairs.jsonl").write_text(PAIRS)
-    flags = [*flags, "--dataset", "pairs.jsonl"]
-    run(
-        script,
-        *flags,
-        "--max-response-tokens",
-        24,
-        "--stop",
-        "o",
-        r"\n\nHuman:",
-        "--reward-fn",
-        "r.py:f",
-        cwd=tmp_path,
-    )
-    assert json.loads((tmp_path / "run/args.json").read_text())["args"]["stop"] == [
-        "o",
-        "\n\nHuman:",
-    ]
-    for row in lines(tmp_path / "run/samples.jsonl"):
-        assert not any("o" in y for key in ("sft_responses", "responses") for y in row[key])
-        assert row["rewards"] == [len(y) for y in row["responses"]]
-    points = lines(tmp_path / "run/frontier.jsonl")
-    assert (
-        all(point["eos_rate"] == 1 and point["length"] < 24 for point in points)
-        and points[0]["kl"] == 0
-    )
-    said = run("evaluate", "samples", "run", "--num", 2, "--output", "samples.md", cwd=tmp_path)
-    assert "cut at the length limit" not in said
-    answers = [part.split("\n")[2] for part in said.split("**run**")[1:]]
-    assert len(answers) == 2 and not any("o" in y for y in answers)
-
-
 def test_the_limit_is_of_answers(tmp_path):
     code = "def f(xs, ys):\n    assert not any('o' in y for y in ys)\n    return [len(y) for y in ys]\n"
     (tmp_path / "r.py").write_text(code)
@@ -276,34 +141,6 @@ def test_the_limit_is_of_answers(tmp_path):
     assert "with stop ['o'] (now ['a'])" in run(
         "evaluate", "limit", *flags, "--stop", "a", cwd=tmp_path, code=2
     )
-
-
-def test_evaluation_on_hh_stops_at_the_others_turn(tmp_path):
-    """As training on it does."""
-    folder = tmp_path / "Anthropic/hh-rlhf"  # in place of the hub's
-    folder.mkdir(parents=True)
-    rows = [json.loads(line) for line in PAIRS.splitlines()]
-    rows = [{key: row["prompt"] + row[key] for key in ("chosen", "rejected")} for row in rows]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "r.py").write_text("def f(xs, ys):\n    return [len(y) for y in ys]\n")
-    flags = ["--dataset", "hh", "--reward-fn", "r.py:f", "--max-response-tokens", 4]
-    model = ROOT / "tiny/sft"
-    limit = ["--model", model, "--num-samples", 32, "--eval-prompts", 2, "--output-dir", "limit"]
-    run("evaluate", "limit", *limit, *flags, cwd=tmp_path)
-    run(
-        "evaluate",
-        "compare",
-        model,
-        "tiny",
-        *flags,
-        "--eval-prompts",
-        2,
-        "--output",
-        "c.json",
-        cwd=tmp_path,
-    )
-    for file in ("limit/limit.json", "c.json"):
-        assert json.loads((tmp_path / file).read_text())["args"]["stop"] == ["\n\nHuman:"]
 
 
 def test_the_stop_string_of_hh():
@@ -315,48 +152,6 @@ def test_the_stop_string_of_hh():
     for each in args:
         p3o_v1.set_up(each)
     assert [each.stop for each in args] == [("\n\nHuman:",), ("\n\nHuman:",), (), (), ("",)]
-
-
-def test_a_generation_config_may_name_more_ends(tmp_path, monkeypatch):
-    """As docs/recipes.md says, here a full stop: responses end there too."""
-    (code,) = re.findall(
-        r"```python\n(from transformers import GenerationConfig\n.*?)```",
-        (ROOT / "docs/recipes.md").read_text(),
-        re.S,
-    )
-    shutil.copytree(ROOT / "tiny/sft", tmp_path / "MODEL")
-    monkeypatch.chdir(tmp_path)
-    (stop,) = AutoTokenizer.from_pretrained("MODEL")(".").input_ids
-    exec(code.replace("22705", str(stop)))
-    args = p3o_v1.Args(model="MODEL")
-    policy = p3o_v1.load_model(AutoModelForCausalLM, "MODEL", "--model", "cpu", args)
-    tokenizer, end_ids = p3o_v1.load_tokenizer("MODEL", policy, args)
-    assert end_ids == [0, stop]
-    prompts = [torch.tensor(tokenizer("\n\nHuman: Hi\n\nAssistant:").input_ids)] * 64
-    noise = torch.rand(64, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = [y.tolist() for y, *_ in p3o_v1.sample_responses(policy, prompts, noise, 1.0, end_ids)]
-    assert all(token not in end_ids for y in found for token in y[:-1]) and stop in {
-        y[-1] for y in found
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------- trackers
-@pytest.mark.parametrize("flag, package", [(["--lora-rank", "4"], "peft")])
-def test_a_tool_that_is_not_installed(flag, package, tmp_path):
-    """It is told before the run that --overwrite would replace is touched."""
-    (tmp_path / "run").mkdir()
-    for name in ("args.json", "metrics.jsonl"):
-        (tmp_path / "run" / name).write_text("{}")
-    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['p3o_v1.py', *sys.argv[1:]]; "
-    code += f"runpy.run_path({str(ROOT / 'p3o_v1.py')!r}, run_name='__main__')"
-    command = [sys.executable, "-c", code, *QUICK, *flag, "--overwrite"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert package in result.stderr.splitlines()[-1]
-    assert {file.name: file.read_text() for file in (tmp_path / "run").iterdir()} == {
-        "args.json": "{}",
-        "metrics.jsonl": "{}",
-    }
 
 
 # -------------------------------------------------------------------------------------------------------------- the hub

@@ -12,7 +12,6 @@ from conftest import ROOT, run
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
@@ -85,17 +84,6 @@ def test_columns_of_other_names(script, tmp_path):
     assert "22 train rows" in said or "22 different train prompts" in said
 
 
-def test_mapped_columns_hold_what_was_mapped(tokenizer, tmp_path):
-    """Two names may even change places."""
-    file = jsonl(
-        tmp_path / "rows.jsonl",
-        [{**row, "question": row.pop("prompt")} for row in map(dict, PAIRS)],
-    )
-    names = ("prompt=question", "chosen=rejected", "rejected=chosen")
-    found = texts_of(tokenizer, file, map=names)
-    assert found == {(f"Say {i}.", " No.<|endoftext|>", " Yes.<|endoftext|>") for i in range(24)}
-
-
 def test_files_of_all_kinds_hold_the_same(tokenizer, tmp_path):
     data = datasets.Dataset.from_list(PAIRS)
     data.save_to_disk(tmp_path / "one")
@@ -145,46 +133,6 @@ def test_subset_and_split(tokenizer, tmp_path):
             p3o_v1.load_prompts(tokenizer, args)
 
 
-def test_which_split_is_trained_on_is_asked_where_none_is_called_train(tokenizer, tmp_path):
-    """The only one is taken, a tenth of it held out."""
-    splits = {name: datasets.Dataset.from_list(PAIRS) for name in ("train_prefs", "train_sft")}
-    datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
-    datasets.DatasetDict(only=splits["train_sft"]).save_to_disk(tmp_path / "one")
-    told = "--split train: --dataset .* has the splits train_prefs, train_sft"
-    with pytest.raises(p3o_v1.UserError, match=told):
-        p3o_v1.load_prompts(tokenizer, p3o_v1.Args(dataset=str(tmp_path / "two")))
-    for flags in (
-        {"dataset": str(tmp_path / "two"), "split": "train_sft"},
-        {"dataset": str(tmp_path / "one")},
-    ):
-        train, held_out = p3o_v1.load_prompts(tokenizer, p3o_v1.Args(**flags))
-        assert (len(train), len(held_out)) == (22, 2)
-
-
-def test_a_prompt_beside_messages_is_their_first_turn(tokenizer, tmp_path):
-    """The response is the last message alone."""
-    rows = [
-        {"prompt": f"Hi {i}", "messages": [{"role": "user", "content": f"Hi {i}"}, *SAYS[1:]]}
-        for i in range(24)
-    ]
-    rows = [{**row, "messages": row["messages"] + assistant("No.")} for row in rows]
-    file = jsonl(tmp_path / "rows.jsonl", rows)
-    begin = [
-        f"<user>Hi {i}<assistant>Yes?<|endoftext|>\n<user>A cactus?<assistant>" for i in range(24)
-    ]
-    found = texts_of(tokenizer, file, dpo, ("completion",))
-    assert found == {(x, "No.<|endoftext|>") for x in begin}
-    assert texts_of(tokenizer, file, p3o_v1) == {(x,) for x in begin}
-
-
-def test_a_prompt_that_is_mapped_goes_before_messages(tokenizer, tmp_path):
-    rows = [{"question": f"Why {i}?", "messages": [*SAYS, *assistant("No.")]} for i in range(24)]
-    found = texts_of(
-        tokenizer, jsonl(tmp_path / "rows.jsonl", rows), p3o_v1, (), map=("prompt=question",)
-    )
-    assert found == {(f"Why {i}?",) for i in range(24)}
-
-
 def test_a_response_that_has_an_end_gets_no_other(tokenizer, tmp_path):
     """The ends of the model's generation config count too."""
     (stop,) = tokenizer(".").input_ids
@@ -197,16 +145,6 @@ def test_a_response_that_has_an_end_gets_no_other(tokenizer, tmp_path):
     row = dpo.load_rows(*found, args, ("chosen", "rejected"))[0][0]
     texts = [tokenizer.decode(row[key]) for key in ("chosen", "rejected")]
     assert texts == [" Yes.", " No<|endoftext|>"]
-
-
-def test_pairs_that_are_equal_once_they_are_cut_are_dropped(tokenizer, tmp_path, capsys):
-    rows = [
-        {"prompt": f"Say {i}.", "chosen": " Yes. Yes. Yes.", "rejected": " Yes. Yes. No."}
-        for i in range(24)
-    ]
-    file = jsonl(tmp_path / "rows.jsonl", rows + PAIRS[:4] + [{**PAIRS[5], "rejected": " Yes."}])
-    assert len(texts_of(tokenizer, file, max_response_tokens=4)) == 4
-    assert "chosen and rejected are equal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -267,64 +205,6 @@ def test_messages_are_rendered_by_the_template(form, tokenizer, tmp_path):
     assert texts_of(tokenizer, file, p3o_v1, ()) == {row[:1] for row in expected}
 
 
-def test_a_prompt_of_text_asks_where_the_responses_are_messages(tokenizer, tmp_path):
-    """With the prompt repeated in them or not."""
-    rows = [{"prompt": f"Say {i}.", "completion": assistant("Yes.")} for i in range(6)]
-    rows += [
-        {"prompt": f"Say {i}.", "completion": [user(i), *assistant("Yes.")]} for i in range(6, 12)
-    ]
-    found = texts_of(tokenizer, jsonl(tmp_path / "rows.jsonl", rows), dpo, ("completion",))
-    assert found == {(f"<user>Say {i}.<assistant>", "Yes.<|endoftext|>") for i in range(12)}
-    assert texts_of(tokenizer, tmp_path / "rows.jsonl", p3o_v1, ()) == {
-        row[:1] for row in found
-    }  # as a policy sees it
-
-
-def test_a_column_of_messages_is_a_dialogue_that_ends_with_the_response(tokenizer, tmp_path):
-    file = jsonl(
-        tmp_path / "rows.jsonl", [{"messages": [user(i), *assistant("Yes.")]} for i in range(12)]
-    )
-    expected = {(f"<user>Say {i}.<assistant>", "Yes.<|endoftext|>") for i in range(12)}
-    assert texts_of(tokenizer, file, dpo, ("completion",)) == expected
-    assert texts_of(tokenizer, file, p3o_v1, ()) == {row[:1] for row in expected}
-    with pytest.raises(p3o_v1.UserError, match="messages of the prompt end with an answer"):
-        p3o_v1.load_prompts(tokenizer, p3o_v1.Args(dataset=str(file), map=("prompt=messages",)))
-
-
-@pytest.mark.parametrize("script, columns", [(p3o_v1, ()), (dpo, ("completion",))])
-def test_messages_that_end_with_no_answer_are_refused(script, columns, tokenizer, tmp_path):
-    """They are prompts, which --map can say; half of them would be taken for one else."""
-    system = {"role": "system", "content": "Be kind."}
-    for rows in (
-        [{"messages": [system, user(i)]} for i in range(12)],
-        [{"messages": [user(i)]} for i in range(12)],
-    ):
-        file = jsonl(tmp_path / "rows.jsonl", rows)
-        with pytest.raises(
-            script.UserError, match="not the assistant's answer; --map prompt=COLUMN"
-        ):
-            texts_of(tokenizer, file, script, columns)
-        found = texts_of(tokenizer, file, p3o_v1, (), map=("prompt=messages",))
-        begin = "<system>Be kind." * (len(rows[0]["messages"]) > 1)
-        assert found == {(f"{begin}<user>Say {i}.<assistant>",) for i in range(12)}
-
-
-def test_the_beginning_of_sequence_stands_once(tmp_path):
-    """Where the template writes it, the tokenizer does not add another."""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
-    tokenizer.add_special_tokens({"bos_token": "<s>"})
-    post = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    tokenizer.backend_tokenizer.post_processor = post
-    tokenizer.chat_template = "{{ bos_token }}" + CHAT
-    for name, rows in (("chat", [{"prompt": [user(i)]} for i in range(12)]), ("text", PAIRS)):
-        found = texts_of(tokenizer, jsonl(tmp_path / f"{name}.jsonl", rows), p3o_v1, ())
-        assert {text.count("<s>") for (text,) in found} == {1} and all(
-            text.startswith("<s>") for (text,) in found
-        )
-
-
 def test_messages_without_a_template_are_refused_with_the_remedy(tmp_path):
     file = jsonl(tmp_path / "rows.jsonl", map(FORMS[0], range(12)))
     flags = ["--dataset", file, "--chat-template"]
@@ -335,18 +215,6 @@ def test_messages_without_a_template_are_refused_with_the_remedy(tmp_path):
     (tmp_path / "bad.jinja").write_text("{{ raise_exception('Roles must alternate') }}")
     said = run("dpo", *flags, "bad.jinja", cwd=tmp_path, code=2)
     assert "row 1 of train: TemplateError: Roles must alternate" in said
-
-
-def test_stages_on_messages(tmp_path):
-    """The template is saved with the model, so that what comes after needs no flag."""
-    file = jsonl(tmp_path / "rows.jsonl", map(FORMS[1], range(12)))
-    (tmp_path / "chat.jinja").write_text(CHAT)
-    flags = ["--dataset", file, "--chat-template", "chat.jinja"]
-    run("dpo", *QUICK["dpo"].split(), *flags, cwd=tmp_path)
-    model = tmp_path / "runs/dpo/rows/tiny/model"
-    assert AutoTokenizer.from_pretrained(model).chat_template == CHAT
-    flags = ["--model", model, "--reward-model", ROOT / "tiny/reward_model", "--dataset", file]
-    run("p3o_v1", *QUICK["p3o_v1"].split(), *flags, cwd=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- reward models
@@ -405,18 +273,6 @@ def a_reward_model(folder, kind, chat_template=None, **options):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, model.eval(), tokenizer
-
-
-def test_a_reward_model_with_the_policys_tokens_is_taken(tmp_path):
-    """Also where it has more of them, as padding."""
-    model = AutoModelForSequenceClassification.from_pretrained(ROOT / "tiny/reward_model")
-    own = AutoTokenizer.from_pretrained(ROOT / "tiny/reward_model")
-    own.add_special_tokens({"pad_token": "[PAD]"})
-    model.resize_token_embeddings(len(own))
-    own.save_pretrained(tmp_path / "judge")
-    model.save_pretrained(tmp_path / "judge")
-    flags = ["--dataset", jsonl(tmp_path / "rows.jsonl", PAIRS), "--reward-model", "judge"]
-    run("p3o_v1", *QUICK["p3o_v1"].split(), *flags, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("script, kind", [("p3o_v1", "decoder"), ("dpo", "encoder")])
