@@ -6,9 +6,10 @@ all rewards of a prompt changes nothing, so no value function is needed.
 
     maximise   E[ r(x, y) ] − β KL(π_θ ‖ π_ref)             x ~ prompts, y ~ π_θ(·|x)
 
-For two responses y_1, y_2 ~ π_old(·|x), where sg[...] stops the gradient, minimise L:
+π_old is the policy at the start of an update, which samples all responses of the update. For two
+of them, y_1 and y_2, minimise L, where sg[...] stops the gradient and π(y) is short for π(y|x):
 
-    r_i = (score_i − mean of the prompt) / running scale    in [−10, 10], so one β suits any score
+    r_i = (score_i − mean over the prompt) / s, clipped     s: their running standard deviation
     h_i = log π_θ(y_i) − log π_ref(y_i)                     log-ratio to the reference (SFT) policy
     q   = sg[ (r_1 − r_2) − β (h_1 − h_2) ]                 reward difference less the KL penalty
     ρ_i = π_θ(y_i) / π_old(y_i)                             sequence-level importance ratio
@@ -16,20 +17,20 @@ For two responses y_1, y_2 ~ π_old(·|x), where sg[...] stops the gradient, min
     Δ   = log ρ_1 − log ρ_2
     L   = ½ E max( −q w Δ, −q w clip(Δ, −ε, ε) )
 
-Without clipping the gradient is −½ E[ q w ∇(log π_θ(y_1) − log π_θ(y_2)) ]: REINFORCE with the
-other response as the baseline. V2 clips the pair jointly, V1 (p3o_v1.py) each ρ_i on its own.
-With K > 2 responses the loss is the mean over all K(K−1)/2 pairs of a prompt. The settings of the
-paper are --num-responses 2 --prompts-per-update 64 --minibatch-size 4 --beta 0.05.
+Where neither clip is active the gradient is −½ E[ q w ∇(log π_θ(y_1) − log π_θ(y_2)) ]: REINFORCE
+with the other response as the baseline. V2 clips the pair jointly, V1 (p3o_v1.py) each ρ_i alone.
+Not in the paper: the mean over all K(K−1)/2 pairs of K > 2 responses, and s, with which one β suits
+any reward. Its sizes are --num-responses 2 --prompts-per-update 64 --minibatch-size 4 (β = 0.05).
 
     python p3o_v2.py                                       # built-in tiny world, 2 minutes on a CPU
     python p3o_v2.py --model pythia-1b                     # TL;DR, one GPU
     python p3o_v2.py --model DIR --dataset DATA.jsonl --reward-fn reward.py:score
     accelerate launch --num_processes 8 p3o_v2.py --model pythia-1b
 
-Shapes: B prompts (of an update, a minibatch or a batch), K responses to each, P pairs of responses,
-T response tokens, V vocabulary, D hidden size. A prompt or a response is a 1-D tensor of token ids
-without padding; `responses` is a list of B lists of K responses. `logprobs` are per token, `logps`
-their sums over a response.
+Shapes: B prompts (in main of all processes together, else of a batch), K responses to each, P pairs
+of responses, T response tokens, V vocabulary, D hidden size. A prompt or a response is a 1-D tensor
+of token ids without padding; `responses` is a list of B lists of K responses. `logprobs` are per
+token, `logps` their sums over a response.
 """
 
 import importlib.util
@@ -80,16 +81,18 @@ def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_
     q = difference(rewards) - beta * difference(h)  # [B, P]
     w = (logratio[:, i] + logratio[:, j]).detach().exp().clamp(1 / ratio_bound, ratio_bound)
     delta = difference(logratio)  # Δ, [B, P]
-    clipped_delta = delta.clamp(-clip_range, clip_range) if clip_range else delta
-    losses = torch.maximum(-q * w * delta, -q * w * clipped_delta)
+    unclipped = -q * w * delta
+    clipped = -q * w * delta.clamp(-clip_range, clip_range) if clip_range else unclipped
+    losses = torch.maximum(unclipped, clipped)
     loss = losses.mean() / 2
     ratio = logratio.detach().clamp(max=20).exp()  # finite in the metrics
     metrics = {
         "policy/loss": loss.detach(),
-        "policy/clipfrac": (losses > -q * w * delta).double().mean(),
+        "policy/clipfrac": (losses > unclipped).double().mean(),
         "policy/ratio_mean": ratio.mean(),
-        "policy/ratio_max": ratio.max(),
+        "policy/ratio_max": ratio.max(),  # of a micro-batch; the log has the mean of these
         "policy/approx_kl": (ratio - 1 - logratio.detach()).mean(),
+        # The ascent coefficient of ∇(h_1 − h_2); the mean is near 0, since pairs have no order
         "policy/pair_weight_mean": (q * w).mean() / 2,
         "policy/pair_weight_std": (q * w).std(correction=0) / 2,
     }
@@ -108,9 +111,9 @@ class Args:
     eval_prompts: int = 256  # held-out prompts to evaluate on
     track: bool = False  # log to Weights & Biases, too
     # Models and data
-    model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder
+    model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder; see find_model
     reward_model: str = ""  # hub id or folder (empty: the local run of reward_model.py, or public)
-    reward_fn: str = ""  # FILE.py:FUNCTION(prompts, responses) -> rewards, instead of a model
+    reward_fn: str = ""  # FILE.py:FUNCTION, called with prompts and responses; goes before a model
     gold_fn: str = ""  # FILE.py:FUNCTION, a known true reward that is only evaluated
     dataset: str = ""  # tiny, hh, tldr, a hub id, a file or a folder (empty: tiny or tldr)
     max_prompt_tokens: int = 512  # longer prompts are dropped
@@ -125,7 +128,7 @@ class Args:
     sample_batch_size: int = 64  # prompts sampled at a time by one process
     # Optimisation
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: by device)
-    unfrozen_layers: int = 0  # train only the last layers and an untied head (0: everything)
+    unfrozen_layers: int = 0  # train only the last N layers and an untied head (0: everything)
     gradient_checkpointing: bool = False  # less memory, more compute
     learning_rate: float = 0.0  # of AdamW (0: 1e-6, of sft and reward_model 1e-5, more for tiny)
     weight_decay: float = 1e-6  # of AdamW
@@ -133,7 +136,7 @@ class Args:
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
     # Algorithm
     temperature: float = 1.0  # of the policy, in sampling and in log-probabilities
-    missing_eos_penalty: float = 0.0  # subtracted from the score of a response that was cut
+    missing_eos_penalty: float = 0.0  # subtracted from the score of a response without an end token
     beta: float = 0.2  # coefficient of the KL penalty, β
     clip_range: float = 0.2  # ε (0: no clipping)
     ratio_bound: float = 10.0  # R, importance weights are kept in [1/R, R]
@@ -171,23 +174,23 @@ class UserError(Exception):
 def check_numbers(args):
     """Raises UserError for a negative number, or a zero where it makes no sense."""
     for name, value in vars(args).items():
-        lowest = 0 if name in MAY_BE_ZERO else 1e-9
+        lowest = 0 if name in MAY_BE_ZERO else 1e-9  # anything positive
         if type(value) in (int, float) and not value >= lowest:
-            raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
+            raise UserError(f"--{name.replace('_', '-')} {value} is too small")
 
 
 def stage_folder(script, args):
     """Where a script saves its run for this dataset and model unless told otherwise."""
     model = Path(args.model)
-    name = model.parent.name if model.name == "model" else model.name  # as a stage has saved it
+    name = model.parent.name if model.name == "model" else model.name  # scripts save RUN/model
     return Path(f"runs/{script}/{Path(args.dataset).name}/{name}")
 
 
 def find_model(stage, args):
     """Where to load the model of a stage (sft, reward_model) from: a folder, a hub id or "".
 
-    This is the model of a local run for this --model and --dataset, else a public one; else the
-    policy is --model itself and there is no reward model.
+    A local run for this --model and --dataset comes first, then a public model. Otherwise the
+    policy is --model itself, and there is no reward model.
     """
     folder = TINY / stage if args.model == "tiny" else stage_folder(stage, args) / "model"
     if folder.is_dir():
@@ -209,7 +212,8 @@ def load_model(auto_class, name, device, args, trainable=False):
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
     if info["missing_keys"]:
-        raise UserError(f"{name} is not a {auto_class.__name__}: no {sorted(info['missing_keys'])}")
+        raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
+    # head_logits applies the head alone.
     head = model.to(device).get_output_embeddings()
     ids = torch.arange(3, device=device)[None]  # any three tokens
     with torch.no_grad():
@@ -282,7 +286,7 @@ def load_prompts(tokenizer, longest, args):
     prompts, seen = [], set()
     for name, split in zip(("held-out", "training"), load_splits(args)):
         column = "prompt" if "prompt" in split.column_names else "chosen"
-        texts = split[column] if column in split.column_names else [None]  # refused below
+        texts = split[column] if column in split.column_names else [None]  # fails the check below
         if not all(isinstance(text, str) for text in texts):
             raise UserError(
                 f"--dataset {args.dataset} has no text in {column}: run prepare_data.py"
@@ -321,25 +325,25 @@ def load_function(spec):
     return getattr(module, name)
 
 
-def decode_pairs(tokenizer, prompts, responses):
-    """The texts of B·K pairs of a prompt and a response, without special tokens."""
+def decode_texts(tokenizer, prompts, responses):
+    """The texts of the B·K responses and of their prompts, without special tokens."""
     decode = partial(tokenizer.decode, skip_special_tokens=True)
-    pairs = []
+    rows = []
     for prompt, group in zip(prompts, responses):
         text = decode(prompt)
         # Decoded alone, a response would lose its leading space with some tokenizers.
         wholes = [decode(torch.cat([prompt, response])) for response in group]
-        pairs += [{"prompt": text, "response": whole[len(text) :]} for whole in wholes]
-    return pairs
+        rows += [{"prompt": text, "response": whole[len(text) :]} for whole in wholes]
+    return rows
 
 
 def text_rewards(function, tokenizer, prompts, responses):
     """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
-    pairs = decode_pairs(tokenizer, prompts, responses)
-    rewards = function([pair["prompt"] for pair in pairs], [pair["response"] for pair in pairs])
+    rows = decode_texts(tokenizer, prompts, responses)
+    rewards = function([row["prompt"] for row in rows], [row["response"] for row in rows])
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
-    if rewards.shape != (len(pairs),) or not rewards.isfinite().all():
-        raise UserError(f"the reward function returned {rewards}, not {len(pairs)} finite numbers")
+    if rewards.shape != (len(rows),) or not rewards.isfinite().all():
+        raise UserError(f"the reward function returned {rewards}, not {len(rows)} finite numbers")
     return rewards.view(len(prompts), -1)
 
 
@@ -378,8 +382,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     This replaces `generate`: it reads a prompt once for its K responses, drops responses that have
     ended from the batch, and records their log-probabilities, which P3O needs anyway.
 
-    noise: [B, K, T] uniform numbers; a response depends on its own, not on the rest of the batch
-    Returns B pairs: the K responses, up to and including an end token, and their logprobs [K, T].
+    noise: [B, K, T] uniform numbers; a response depends on its own T, not on the rest of the batch
+    Returns B tuples: the K responses, up to and including an end token, and their logprobs [K, T].
     """
     device = model.device
     B, K, T = noise.shape
@@ -405,7 +409,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     rows = torch.arange(B * K, device=device)  # of the responses that have not ended
     for t in range(T):
         probs = logits.softmax(-1)  # [rows, V]
-        # Invert the cumulative distribution, in float64 so that rare tokens keep their share.
+        # Inverse transform sampling, in float64 so that rare tokens keep their share.
         cdf = probs.double().cumsum(-1)
         token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:])  # [rows, 1]
         tokens[rows, t] = token[:, 0]
@@ -423,11 +427,12 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
 
 
 def response_hidden(model, prompts, responses):
-    """Last hidden states: for each response one before each of its tokens, and one at the last.
+    """Last hidden states of responses: B·K tensors [T + 1, D].
 
-    Returns B·K tensors [T + 1, D]. The K responses to a prompt share one row, so that the prompt is
-    read once. Each starts with a copy of the last prompt token, z, and sees the prompt and itself;
-    positions continue those of the prompt:
+    State t predicts token t of the response, and the last one is for its score. The K responses to
+    a prompt share one row, so that the prompt is read once. Its last token z, which predicts the
+    first token of a response, is copied to the start of each. A response sees the prompt and
+    itself, and its positions continue those of the prompt:
 
         row        x x z a a z b b
         segment    0 0 1 1 1 2 2 2
@@ -445,7 +450,7 @@ def response_hidden(model, prompts, responses):
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
     segment = pad(segments).to(model.device)  # [B, L]
-    # A key is seen if it is in the prompt or in the response of the query, and not after it.
+    # A query sees earlier keys of the prompt and of its own response. Padding comes last.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
     output = model.base_model(
         pad(rows).to(model.device),
@@ -503,7 +508,7 @@ def response_scores(reward_model, prompts, responses):
 
 
 def in_batches(function, *columns, batch_size):
-    """Apply a function to some rows at a time and join all B results, stacked if tensors."""
+    """Apply a function to slices of rows, and join the B results (as a tensor of tensors)."""
     results = []
     for start in range(0, len(columns[0]), batch_size):
         results += function(*(column[start : start + batch_size] for column in columns))
@@ -529,7 +534,7 @@ def clip_gradients(accelerator, model, max_norm):
 
 
 def seeded(*purpose):
-    """A random generator seeded by its purpose, so that a resumed run needs no state of one."""
+    """A generator seeded by its purpose, so that a resumed run needs no saved random state."""
     return torch.Generator().manual_seed(zlib.crc32(repr(purpose).encode()))
 
 
@@ -542,9 +547,9 @@ def shuffled(n, total, seed):
 
 # ------------------------------------------------------------------------------------ run folder
 def find_checkpoint(folder, record, args):
-    """The checkpoint to resume from, or None to start afresh. Raises UserError, and writes nothing.
+    """The checkpoint to resume from, or None to start from scratch. Writes nothing.
 
-    The folder must be empty or hold a run; to resume, one with the same settings as in `record`.
+    Raises UserError if the folder holds anything but a run, or a run with other settings.
     """
     file = folder / "args.json"
     saved = json.loads(file.read_text()) if file.is_file() else {}
@@ -561,7 +566,7 @@ def find_checkpoint(folder, record, args):
 
 
 def start_run(folder, record, log_sizes):
-    """Write args.json, and remove what an earlier run has logged (since the checkpoint)."""
+    """Write args.json, and remove old logs: all, or when resuming those after the checkpoint."""
     if log_sizes is None:
         shutil.rmtree(folder / "model", ignore_errors=True)
         for pattern in (*LOGS, "events.out.tfevents.*", f"{CHECKPOINT}.p*t"):
@@ -660,8 +665,8 @@ def main(args):
     reference = load_model(AutoModelForCausalLM, policy_name, device, args)
     tokenizer, end_ids = load_tokenizer(policy_name, policy)
     reward_fns = load_rewards(reward_name, tokenizer, device, args)
-    positions = getattr(policy.config, "max_position_embeddings", sys.maxsize)
-    longest = min(args.max_prompt_tokens, positions - T)
+    max_positions = getattr(policy.config, "max_position_embeddings", sys.maxsize)
+    longest = min(args.max_prompt_tokens, max_positions - T)
     eval_prompts, prompts = load_prompts(tokenizer, longest, args)
     data_crc = zlib.crc32(torch.cat(eval_prompts + prompts).numpy())
     eval_size = min(args.eval_prompts, len(eval_prompts)) // world * world
@@ -682,7 +687,7 @@ def main(args):
             raise UserError(f"--dataset {args.dataset} has changed since {saved}")
         policy.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # all have read the folder, which changes now
     if is_main:
         start_run(folder, record, state.get("log_sizes"))
     if args.track and is_main:
@@ -699,8 +704,8 @@ def main(args):
         generator = seeded(args.seed, *purpose)
         noise = torch.rand(len(prompts) * world, k, T, dtype=torch.float64, generator=generator)
         sampler = partial(sample_responses, model, temperature=args.temperature, end_ids=end_ids)
-        pairs = in_batches(sampler, prompts, noise[rank::world], batch_size=args.sample_batch_size)
-        responses, logprobs = zip(*pairs)
+        rows = in_batches(sampler, prompts, noise[rank::world], batch_size=args.sample_batch_size)
+        responses, logprobs = zip(*rows)
         return responses, torch.stack(logprobs).double().sum(-1)
 
     def logps_of(model, prompts, responses):
@@ -709,10 +714,10 @@ def main(args):
         return in_batches(function, prompts, responses, batch_size=args.micro_batch_size)
 
     autocast = partial(torch.autocast, device.type, torch.bfloat16, args.dtype == "bfloat16")
-    with torch.no_grad(), autocast():
+    with torch.no_grad(), autocast():  # the noise of every evaluation: only policies differ
         sft_responses, _ = sample(reference, eval_prompts, 1, "eval")
         sft_rewards = reward_fns["reward"](eval_prompts, sft_responses)
-        sft_samples = decode_pairs(tokenizer, eval_prompts, sft_responses)
+        sft_samples = decode_texts(tokenizer, eval_prompts, sft_responses)
 
     @torch.no_grad()
     @autocast()
@@ -727,7 +732,7 @@ def main(args):
             values[name] = function(eval_prompts, responses)  # [B, 1]
         values["win_rate_vs_sft"] = (values["reward"] - sft_rewards).sign() / 2 + 0.5  # tie: half
         values["length"], values["eos_rate"] = lengths_and_ends(responses, end_ids)
-        samples = decode_pairs(tokenizer, eval_prompts, responses)
+        samples = decode_texts(tokenizer, eval_prompts, responses)
         for row, sft_row in zip(samples, sft_samples):
             row["sft_response"] = sft_row["response"]
         log_evaluation(accelerator, folder, update, values, samples)
@@ -741,12 +746,12 @@ def main(args):
         start = time.perf_counter()
         state["update"] = update
         with torch.no_grad(), autocast():
-            # 1. The next prompts, and K responses to each from the current policy, π_old
+            # 1. The next prompts, sorted to save padding, and K responses to each from π_old
             batch = sorted([prompts[i] for i in batches[update - 1]], key=len)[rank::world]
             responses, sampled_logps = sample(policy, batch, K, "sample", update)
 
-            # 2. Score them. The mean of a prompt would cancel anyway; without it, the scale (of
-            # all updates so far) and the clamp see the differences within a prompt alone.
+            # 2. Score them. The mean over a prompt cancels in q; without it the scale and the clamp
+            # depend on differences within a prompt alone.
             scores = reward_fns["reward"](batch, responses).to(device).double()  # [B, K]
             lengths, ended = lengths_and_ends(responses, end_ids)
             rewards = scores - args.missing_eos_penalty * (1 - ended.to(device))
@@ -759,28 +764,26 @@ def main(args):
             # 3. log π_ref, and log π_old as recorded while sampling
             ref_logps = logps_of(reference, batch, responses)
             old_logps = sampled_logps
-            if args.dtype == "bfloat16":  # sampling rounds differently from the training forward
+            if args.dtype == "bfloat16":  # sampling and training round differently
                 old_logps = logps_of(policy, batch, responses)
 
-        # 4. Several epochs of minibatches, each cut into micro-batches of prompts of like length,
-        # the longest first
+        # 4. Several epochs of minibatches, in micro-batches of prompts of like length
         generator = seeded(args.seed, "minibatches", update)
         stats = []
         for _ in range(args.num_epochs):
             order = torch.randperm(len(batch), generator=generator)
             for minibatch in order.split(args.minibatch_size // world):
-                minibatch = minibatch.sort(descending=True).values
+                minibatch = minibatch.sort(descending=True).values  # the longest prompts first
                 for micro in minibatch.split(args.micro_batch_size):
                     inputs = ([batch[b] for b in micro], [responses[b] for b in micro])
                     with autocast():
                         logps = response_logps(policy, *inputs, args.temperature)
-                    if not stats:  # no step yet, so training must agree with sampling
+                    if not stats:  # no step yet: training must agree with sampling
                         init_error = (logps - sampled_logps[micro]).abs().max().item()
                         if not init_error < (2 if args.dtype == "bfloat16" else 0.5):
                             raise UserError(
-                                f"--model {args.model}: sampling and training disagree by "
-                                f"{init_error:.2g} nats in log π(y|x); sliding windows, alibi and "
-                                "recurrent layers are not supported"
+                                f"--model: sampling and training differ by {init_error:.2g} nats;"
+                                " sliding windows, alibi and recurrent layers are not supported"
                             )
                     loss, metrics = pairwise_loss(
                         logps, old_logps[micro], ref_logps[micro], rewards[micro],
@@ -806,7 +809,9 @@ def main(args):
         metrics["val/ratio_init_error"] = init_error
         metrics["time/update"] = time.perf_counter() - start
         log(accelerator, folder / "metrics.jsonl", update, metrics)
-        progress.set_postfix_str(f"reward {scores.mean():.2f}, KL {metrics['objective/kl']:.2f}")
+        progress.set_postfix_str(
+            f"reward {metrics['objective/reward']:.2f}, KL {metrics['objective/kl']:.2f}"
+        )
         is_last = update == args.num_updates
         if is_last or args.eval_every and update % args.eval_every == 0:
             evaluate(update)

@@ -70,7 +70,7 @@ class Args:
     eval_prompts: int = 2000  # held-out prompts to evaluate on
     track: bool = False  # log to Weights & Biases, too
     # Model and data
-    model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder
+    model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder; see find_model
     dataset: str = ""  # tiny, hh, tldr, a hub id, a file or a folder (empty: tiny or tldr)
     max_prompt_tokens: int = 512  # longer prompts are dropped
     max_response_tokens: int = 128  # longer responses are cut
@@ -81,7 +81,7 @@ class Args:
     micro_batch_size: int = 32  # prompts per forward pass of one process
     # Optimisation
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: by device)
-    unfrozen_layers: int = 0  # train only the last layers and an untied head (0: everything)
+    unfrozen_layers: int = 0  # train only the last N layers and an untied head (0: everything)
     gradient_checkpointing: bool = False  # less memory, more compute
     learning_rate: float = 0.0  # of AdamW (0: 1e-6, of sft and reward_model 1e-5, more for tiny)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # of the learning rate
@@ -120,23 +120,23 @@ class UserError(Exception):
 def check_numbers(args):
     """Raises UserError for a negative number, or a zero where it makes no sense."""
     for name, value in vars(args).items():
-        lowest = 0 if name in MAY_BE_ZERO else 1e-9
+        lowest = 0 if name in MAY_BE_ZERO else 1e-9  # anything positive
         if type(value) in (int, float) and not value >= lowest:
-            raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
+            raise UserError(f"--{name.replace('_', '-')} {value} is too small")
 
 
 def stage_folder(script, args):
     """Where a script saves its run for this dataset and model unless told otherwise."""
     model = Path(args.model)
-    name = model.parent.name if model.name == "model" else model.name  # as a stage has saved it
+    name = model.parent.name if model.name == "model" else model.name  # scripts save RUN/model
     return Path(f"runs/{script}/{Path(args.dataset).name}/{name}")
 
 
 def find_model(stage, args):
     """Where to load the model of a stage (sft, reward_model) from: a folder, a hub id or "".
 
-    This is the model of a local run for this --model and --dataset, else a public one; else the
-    policy is --model itself and there is no reward model.
+    A local run for this --model and --dataset comes first, then a public model. Otherwise the
+    policy is --model itself, and there is no reward model.
     """
     folder = TINY / stage if args.model == "tiny" else stage_folder(stage, args) / "model"
     if folder.is_dir():
@@ -276,11 +276,12 @@ def load_examples(tokenizer, end_ids, longest, columns, args):
 
 # ---------------------------------------------------------------------------------------- scores
 def response_hidden(model, prompts, responses):
-    """Last hidden states: for each response one before each of its tokens, and one at the last.
+    """Last hidden states of responses: B·K tensors [T + 1, D].
 
-    Returns B·K tensors [T + 1, D]. The K responses to a prompt share one row, so that the prompt is
-    read once. Each starts with a copy of the last prompt token, z, and sees the prompt and itself;
-    positions continue those of the prompt:
+    State t predicts token t of the response, and the last one is for its score. The K responses to
+    a prompt share one row, so that the prompt is read once. Its last token z, which predicts the
+    first token of a response, is copied to the start of each. A response sees the prompt and
+    itself, and its positions continue those of the prompt:
 
         row        x x z a a z b b
         segment    0 0 1 1 1 2 2 2
@@ -298,7 +299,7 @@ def response_hidden(model, prompts, responses):
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
     segment = pad(segments).to(model.device)  # [B, L]
-    # A key is seen if it is in the prompt or in the response of the query, and not after it.
+    # A query sees earlier keys of the prompt and of its own response. Padding comes last.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
     output = model.base_model(
         pad(rows).to(model.device),
@@ -321,7 +322,7 @@ def response_scores(reward_model, prompts, responses):
 
 
 def in_batches(function, *columns, batch_size):
-    """Apply a function to some rows at a time and join all B results, stacked if tensors."""
+    """Apply a function to slices of rows, and join the B results (as a tensor of tensors)."""
     results = []
     for start in range(0, len(columns[0]), batch_size):
         results += function(*(column[start : start + batch_size] for column in columns))
@@ -375,7 +376,7 @@ def clip_gradients(accelerator, model, max_norm):
 
 
 def seeded(*purpose):
-    """A random generator seeded by its purpose, so that a resumed run needs no state of one."""
+    """A generator seeded by its purpose, so that a resumed run needs no saved random state."""
     return torch.Generator().manual_seed(zlib.crc32(repr(purpose).encode()))
 
 
@@ -388,9 +389,9 @@ def shuffled(n, total, seed):
 
 # ------------------------------------------------------------------------------------ run folder
 def find_checkpoint(folder, record, args):
-    """The checkpoint to resume from, or None to start afresh. Raises UserError, and writes nothing.
+    """The checkpoint to resume from, or None to start from scratch. Writes nothing.
 
-    The folder must be empty or hold a run; to resume, one with the same settings as in `record`.
+    Raises UserError if the folder holds anything but a run, or a run with other settings.
     """
     file = folder / "args.json"
     saved = json.loads(file.read_text()) if file.is_file() else {}
@@ -407,7 +408,7 @@ def find_checkpoint(folder, record, args):
 
 
 def start_run(folder, record, log_sizes):
-    """Write args.json, and remove what an earlier run has logged (since the checkpoint)."""
+    """Write args.json, and remove old logs: all, or when resuming those after the checkpoint."""
     if log_sizes is None:
         shutil.rmtree(folder / "model", ignore_errors=True)
         for pattern in (*LOGS, "events.out.tfevents.*", f"{CHECKPOINT}.p*t"):
@@ -485,8 +486,8 @@ def main(args):
         size = max(len(tokenizer), reward_model.config.vocab_size)
         reward_model.resize_token_embeddings(size)
     reward_model.config.pad_token_id = tokenizer.pad_token_id
-    positions = getattr(reward_model.config, "max_position_embeddings", sys.maxsize)
-    longest = min(args.max_prompt_tokens, positions - args.max_response_tokens)
+    max_positions = getattr(reward_model.config, "max_position_embeddings", sys.maxsize)
+    longest = min(args.max_prompt_tokens, max_positions - args.max_response_tokens)
     eval_examples, examples = load_examples(
         tokenizer, end_ids, longest, ("chosen", "rejected"), args
     )
@@ -513,7 +514,7 @@ def main(args):
             raise UserError(f"--dataset {args.dataset} has changed since {saved}")
         reward_model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # all have read the folder, which changes now
     if is_main:
         start_run(folder, record, state.get("log_sizes"))
     if args.track and is_main:

@@ -35,7 +35,7 @@ import reward_model
 import sft
 from p3o_v2 import (
     UserError,
-    decode_pairs,
+    decode_texts,
     encode_prompts,
     in_batches,
     lengths_and_ends,
@@ -539,7 +539,7 @@ def test_decoded_responses_keep_their_leading_space(kind):
     prompts = encode_prompts(tokenizer, ["what colour is the sky?", "Assistant:"])
     texts = [[" blue, I think", " the sky"], [" I think", " the sky is blue"]]
     responses = [encode_responses(tokenizer, group, [0], 99, Counter()) for group in texts]
-    found = decode_pairs(tokenizer, prompts, responses)
+    found = decode_texts(tokenizer, prompts, responses)
     assert [row["response"] for row in found] == [*texts[0], *texts[1]]
     expected = ["what colour is the sky?"] * 2 + ["Assistant:"] * 2
     assert [row["prompt"] for row in found] == expected

@@ -59,6 +59,7 @@ FLAGS = {
     for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")]
 }
 FLAGS["tiny/make.py"] = flags_of(ROOT / "tiny/make.py")
+FLAGS["tests/blocks.py"] = flags_of(ROOT / "tests/blocks.py")
 ANY = set().union(*FLAGS.values(), {"--help"})
 
 
