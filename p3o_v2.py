@@ -119,7 +119,7 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped
     max_response_tokens: int = 128  # longer responses are cut
     # Sizes, over all processes unless noted
-    num_updates: int = 0  # updates (0: online 1000, or 60 for tiny; else by --data-epochs)
+    num_updates: int = 0  # updates (0: 1000, or 60 for tiny; sft, reward_model: all data)
     prompts_per_update: int = 32  # prompts per update
     num_responses: int = 4  # responses per prompt, K
     num_epochs: int = 4  # passes over the responses of an update
@@ -130,7 +130,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: by device)
     unfrozen_layers: int = 0  # train only the last N layers and an untied head (0: everything)
     gradient_checkpointing: bool = False  # less memory, more compute
-    learning_rate: float = 0.0  # of AdamW (0: 1e-6, of sft and reward_model 1e-5, more for tiny)
+    learning_rate: float = 0.0  # of AdamW (0: 1e-6, sft and reward_model 1e-5, more for tiny)
     weight_decay: float = 1e-6  # of AdamW
     adam_betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
@@ -213,7 +213,7 @@ def load_model(auto_class, name, device, args, trainable=False):
         raise UserError(f"{name}: {error}") from error
     if info["missing_keys"]:
         raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
-    # head_logits applies the head alone.
+    # Here the head is applied to hidden states alone, so nothing may come after it.
     head = model.to(device).get_output_embeddings()
     ids = torch.arange(3, device=device)[None]  # any three tokens
     with torch.no_grad():
@@ -271,7 +271,7 @@ def load_splits(args):
 
 
 def encode_prompts(tokenizer, texts):
-    """Token ids of prompts, without the end token that some tokenizers add to any text."""
+    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to any text."""
     adds_end = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
     ids = tokenizer(texts).input_ids if texts else []
     return [torch.tensor(row[:-1] if adds_end else row) for row in ids]
@@ -429,10 +429,10 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
 def response_hidden(model, prompts, responses):
     """Last hidden states of responses: B·K tensors [T + 1, D].
 
-    State t predicts token t of the response, and the last one is for its score. The K responses to
-    a prompt share one row, so that the prompt is read once. Its last token z, which predicts the
-    first token of a response, is copied to the start of each. A response sees the prompt and
-    itself, and its positions continue those of the prompt:
+    State t predicts token t of the response; the last state is that of its last token. The K
+    responses to a prompt share one row, so that the prompt is read once. Its last token z, which
+    predicts the first token of a response, is copied to the start of each. A response sees the
+    prompt and itself, and its positions continue those of the prompt:
 
         row        x x z a a z b b
         segment    0 0 1 1 1 2 2 2
@@ -473,12 +473,13 @@ def response_logprobs(model, prompts, responses, temperature):
     def token_logprobs(hidden, targets):
         return -F.cross_entropy(head_logits(model, hidden, temperature), targets, reduction="none")
 
-    # Logits of 128 tokens at a time (they fit a CPU's cache), recomputed in the backward pass, so
-    # that a tensor [B, K, T, V] never exists.
-    parts = zip(hidden.split(128), torch.cat(targets).to(hidden.device).split(128))
-    parts = [checkpoint(token_logprobs, *part, use_reentrant=False) for part in parts]
-    logprobs = torch.cat(parts).split([len(y) for y in targets])
-    return pad_sequence(logprobs, batch_first=True).view(len(prompts), len(responses[0]), -1)
+    # Logits of 128 tokens at a time fit a CPU's cache. Those of many tokens are made again in
+    # the backward pass, so that a tensor [B, K, T, V] never exists.
+    if len(hidden) > 1024:
+        token_logprobs = partial(checkpoint, token_logprobs, use_reentrant=False)
+    parts = map(token_logprobs, hidden.split(128), torch.cat(targets).to(hidden.device).split(128))
+    logprobs = torch.cat(list(parts)).split([len(y) for y in targets])
+    return pad_sequence(logprobs, batch_first=True).unflatten(0, (len(prompts), -1))
 
 
 def response_logps(model, prompts, responses, temperature):
@@ -534,7 +535,7 @@ def clip_gradients(accelerator, model, max_norm):
 
 
 def seeded(*purpose):
-    """A generator seeded by its purpose, so that a resumed run needs no saved random state."""
+    """A generator seeded by its purpose, so that no random state has to be saved."""
     return torch.Generator().manual_seed(zlib.crc32(repr(purpose).encode()))
 
 
@@ -566,7 +567,7 @@ def find_checkpoint(folder, record, args):
 
 
 def start_run(folder, record, log_sizes):
-    """Write args.json, and remove old logs: all, or when resuming those after the checkpoint."""
+    """Write args.json, and remove an earlier run, or cut its logs to `log_sizes` when resuming."""
     if log_sizes is None:
         shutil.rmtree(folder / "model", ignore_errors=True)
         for pattern in (*LOGS, "events.out.tfevents.*", f"{CHECKPOINT}.p*t"):
@@ -580,7 +581,7 @@ def start_run(folder, record, log_sizes):
 
 
 def save_checkpoint(folder, model, optimizer, state):
-    """Save all that a resumed run needs. The previous checkpoint is removed after that."""
+    """Save everything that a resumed run needs, then remove the previous checkpoint."""
     new = folder / f"checkpoint-{state['update']:06}.pt"
     part = new.with_suffix(".part")
     log_sizes = {name: (folder / name).stat().st_size for name in LOGS}

@@ -1,10 +1,10 @@
-"""Turn a dataset of any common form into the text files that the training scripts read.
+"""Convert a dataset of any common form to the JSON lines that the training scripts read.
 
     python prepare_data.py --dataset HuggingFaceH4/ultrafeedback_binarized \
         --split train_prefs,test_prefs --tokenizer Qwen/Qwen2.5-0.5B-Instruct --output-dir data/uf
     python prepare_data.py --dataset my.csv --map prompt=question chosen=best rejected=worst \
         --output-dir data/mine
-    python p3o_v2.py --model ... --dataset data/mine
+    python sft.py --model ... --dataset data/mine       # or any other training script
 
 It reads a hub id, a folder, a .jsonl, .json, .csv (each also .gz) or .parquet file, or a saved
 dataset, and writes train.jsonl, test.jsonl and info.json. The columns may be
@@ -15,10 +15,11 @@ dataset, and writes train.jsonl, test.jsonl and info.json. The columns may be
     prompt                       prompts alone
     system, tools                beside any of these: a system message, the tools of a dialogue
 
-Each is a text, or messages {"role", "content"} or {"from", "value"}. If the dataset holds messages
-or system prompts, the chat template of --tokenizer renders every row: the prompt up to where the
-assistant speaks, a response as what the template adds to it. Otherwise texts stay as they are.
-A text holds no BOS that the tokenizer adds itself and no final EOS: the training scripts add both.
+Each is a text, or messages {"role", "content"} or {"from", "value"}. If any row has messages or a
+system prompt, the chat template of --tokenizer renders every row: the prompt ends with what makes
+the assistant speak, and a response is what the template adds to it. Otherwise texts stay as they
+are. With --tokenizer, the BOS that it adds itself and a final EOS are removed: the training scripts
+add both.
 
 Rows that cannot be used are dropped and counted by reason. Prompts of the test split never stay in
 the train split. Without a test split, the hash of a prompt decides whether it is held out, so a
@@ -68,11 +69,11 @@ class Args:
     dataset: str  # hub id, folder or file; hh is Anthropic/hh-rlhf, tldr is trl-lib/tldr-preference
     output_dir: str  # folder for train.jsonl, test.jsonl and info.json
     subset: str = ""  # configuration of a hub dataset
-    split: str = ""  # TRAIN or TRAIN,TEST (default: by name); TRAIN alone has a share held out
-    map: tuple[str, ...] = ()  # prompt=question chosen=best ...: columns that have other names
+    split: str = ""  # TRAIN or TRAIN,TEST (default: guessed); with TRAIN alone, a share is held out
+    map: tuple[str, ...] = ()  # rename columns: prompt=question chosen=best ...
     tokenizer: str = ""  # hub id or folder; without it, lengths are in characters
     chat_template: str = ""  # file with a template for messages (default: the tokenizer's)
-    held_out: float = 0.1  # share of the prompts that becomes the test split where there is none
+    held_out: float = 0.1  # share of the prompts to hold out if the dataset has no test split
     strict: bool = False  # stop at the first row that cannot be used instead of dropping it
     overwrite: bool = False  # replace the three files in the output folder
     max_prompt_tokens: int = 512  # limit of the training run, for the table of lengths
@@ -120,7 +121,7 @@ def open_tokenizer(args):
 
 
 def open_dataset(args):
-    """The splits, {name: Dataset or list of JSON and CSV files, local or on the hub}.
+    """Returns {split: Dataset, or list of paths or URLs of JSON and CSV files}.
 
     Raises UserError.
     """
@@ -143,7 +144,7 @@ def open_dataset(args):
             builder = datasets.load_dataset_builder(source, args.subset or None)
             splits = builder.config.data_files or {}
             files = [file for name in splits for file in splits[name]]
-            # Texts are parsed here: the library would turn some into dates, numbers or nulls.
+            # read_rows parses text files: the library would make dates, numbers or nulls of some.
             if not files or not all(TEXT_FILE.search(file) for file in files):
                 splits = datasets.load_dataset(source, args.subset or None)
     except Exception as error:
@@ -164,7 +165,7 @@ def find_split(names, words):
 
 
 def choose_splits(names, args):
-    """The source names of the splits, {"train": name} or {"train": name, "test": name}.
+    """Choose the train and test splits: {"train": name} or {"train": name, "test": name}.
 
     Raises UserError where the names do not decide it.
     """
@@ -185,7 +186,7 @@ def choose_splits(names, args):
 
 
 def open_text(path):
-    """A text file, plain or compressed by gzip, less its byte order mark."""
+    """A text file, plain or compressed by gzip, without its byte order mark."""
     with open(path, "rb") as file:
         is_gzip = file.read(2) == b"\x1f\x8b"
     opener = gzip.open if is_gzip else open
@@ -257,15 +258,15 @@ def rename_columns(tables, there, args):
             raise UserError(f"--map {item}: the columns are {', '.join(there)}")
         names[column] = name
         mapped.add(column)
-    # What the user names goes before other columns that the dataset has.
-    rivals = ()
+    # A column named by --map takes precedence over conflicting columns.
+    conflicting = ()
     if "completion" in mapped:
-        rivals = ("chosen", "rejected", "messages")
+        conflicting = ("chosen", "rejected", "messages")
     elif "messages" in mapped:
-        rivals = ("prompt", "chosen", "rejected", "completion")
+        conflicting = ("prompt", "chosen", "rejected", "completion")
     elif "prompt" in mapped or "chosen" in mapped:
-        rivals = ("messages",)
-    for column in rivals:
+        conflicting = ("messages",)
+    for column in conflicting:
         if column not in mapped:
             del names[column]
     renamed = {}
@@ -317,7 +318,7 @@ def is_messages(value):
 
 
 def without_nulls(value):
-    """A value less all keys that hold None, which Parquet gives to every message of a column."""
+    """A value without None: Parquet gives every message the keys of all messages."""
     if isinstance(value, dict):
         return {key: without_nulls(x) for key, x in value.items() if x is not None}
     if isinstance(value, list):
@@ -370,9 +371,9 @@ def to_messages(column, value, speaker):
 
 def parse_tools(tools):
     """The tools of a dialogue, a list or the JSON of one, as a list or None. Raises DropError."""
-    if isinstance(tools, str) and tools.strip():
+    if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = json.loads(tools) if tools.strip() else None
         except ValueError as error:
             raise DropError("tools is text that is not JSON") from error
     return without_nulls(tools) or None
@@ -446,7 +447,7 @@ def render_row(row, columns, tokenizer, args):
 def split_row(row, columns):
     """The texts of a row of texts, {column: text}. Raises DropError.
 
-    Without a prompt, it is all of chosen up to and with its last "Assistant:", as in HH.
+    Without a column prompt, it is the first response up to its last "Assistant:", as in HH.
     """
     texts = {}
     for column in columns:
@@ -472,7 +473,7 @@ def split_row(row, columns):
 
 
 def finish(texts, tokenizer, bos, is_chat):
-    """The texts less BOS and EOS, and whether an answer went on after an end token.
+    """Texts without BOS, cut at the first EOS of a response; and whether text after it was lost.
 
     Raises DropError.
     """
@@ -608,7 +609,7 @@ def check_arguments(args):
     source = Path(args.dataset).resolve()
     for name in OUTPUTS:
         file = folder / name
-        if source == file or source in file.parents:
+        if source.exists() and (source == file or source in file.parents):
             raise UserError(f"--output-dir {args.output_dir}: {name} would be part of --dataset")
         if file.exists() and not args.overwrite:
             raise UserError(f"--output-dir {args.output_dir}: pass --overwrite to replace {name}")
@@ -629,7 +630,9 @@ def hold_out(rows, args):
         digest = hashlib.sha256(row["prompt"].encode()).hexdigest()
         shares[row["prompt"]] = int(digest[:8], 16) / 2**32
     if len(shares) < 2:
-        raise UserError(f"--held-out: --dataset {args.dataset} has {len(shares)} prompt to divide")
+        raise UserError(
+            f"--held-out: --dataset {args.dataset} has {len(shares)} prompt, 2 are needed"
+        )
     prompts = sorted(shares, key=shares.get)
     count = sum(share < args.held_out for share in shares.values())
     count = min(max(count, 1), len(prompts) - 1)
@@ -653,7 +656,7 @@ def main(args):
             raise UserError(f"--dataset {args.dataset}: the split {name} has no rows")
     there = column_names(tables)
     columns, tables = choose_columns(rename_columns(tables, there, args), there)
-    is_chat = False  # of all rows or none: one form for what is learned
+    is_chat = False  # for all rows or none: mixed forms would be learned
     for rows in tables.values():
         for row in rows:
             if row["system"] or any(is_messages(row.get(column)) for column in columns):
@@ -677,7 +680,7 @@ def main(args):
             where = f"row {number} of {names[kind]}"
             refuse_numbers(row, f"--dataset {args.dataset}: {where}")
             if "tldr-preference" in source and str(row.get("prompt")).startswith("TITLE:"):
-                others["left out: of CNN/DM, no Reddit post"] += 1
+                others["left out: CNN/DM article, not a Reddit post"] += 1
                 continue
             try:
                 if is_chat:
@@ -694,12 +697,12 @@ def main(args):
                 dropped[reason] += 1
                 continue
             if is_cut:
-                others["cut at an end token inside"] += 1
+                others["cut at an EOS inside the response"] += 1
             parts[kind].append(texts)
         if not parts[kind]:
             first = next(iter(firsts.values()), "all are left out")
             said = f"no row of {names[kind]} can be used: {first}"
-            raise UserError(f"--dataset {args.dataset}: {said}; --map takes {', '.join(there)}")
+            raise UserError(f"--dataset {args.dataset}: {said}; the columns are {', '.join(there)}")
         counts[kind]["dropped"] = dict(dropped)
         counts[kind].update(others)
 

@@ -2,19 +2,19 @@
 
     minimise   L = − E log σ( r_φ(x, y_w) − r_φ(x, y_l) )
 
-over prompts x with a chosen response y_w and a rejected one y_l. Only differences of scores for the
-same prompt are learned: r_φ(x, y) + δ(x) is as good for any δ, which P3O does not mind.
+over prompts x with a chosen response y_w and a rejected one y_l. Scores are learned up to a shift
+δ(x) of each prompt, which does not matter to P3O: it uses differences within a prompt alone.
 
 r_φ is the SFT policy with a scalar head in place of the vocabulary, read at the last token of the
-response, its end token.
+response (its end token, unless the response was cut).
 
-    python reward_model.py                                  # embedded world
+    python reward_model.py                                  # built-in tiny world, a CPU
     python reward_model.py --model pythia-1b                # TL;DR, one GPU
     python reward_model.py --model DIR --dataset DATA.jsonl # columns prompt, chosen and rejected
 
-Shapes: B prompts, K = 2 responses to each (chosen, rejected), T response tokens, D hidden size. A
-prompt or a response is a 1-D tensor of token ids without padding; `responses` is a list of K for
-each prompt.
+Shapes: B prompts, K = 2 responses to each (chosen, rejected), T response tokens, D hidden size, L
+row length. A prompt or a response is a 1-D tensor of token ids without padding; `responses` is a
+list of B lists of K responses.
 """
 
 import json
@@ -52,7 +52,7 @@ def bradley_terry_loss(chosen_scores, rejected_scores):
     loss = -F.logsigmoid(margins).mean()
     metrics = {
         "rm/loss": loss.detach(),
-        "rm/accuracy": (margins.sign() / 2 + 0.5).mean().detach(),  # a tie is half
+        "rm/accuracy": (margins.sign() / 2 + 0.5).mean().detach(),  # a tie counts as half
         "rm/margin": margins.mean().detach(),
     }
     return loss, metrics
@@ -76,16 +76,16 @@ class Args:
     max_response_tokens: int = 128  # longer responses are cut
     # Sizes, over all processes unless noted
     data_epochs: int = 0  # passes over the training data (0: 3 for tiny, or 1)
-    num_updates: int = 0  # updates (0: online 1000, or 60 for tiny; else by --data-epochs)
+    num_updates: int = 0  # updates (0: 1000, or 60 for tiny; sft, reward_model: all data)
     minibatch_size: int = 32  # prompts per optimizer step
     micro_batch_size: int = 32  # prompts per forward pass of one process
     # Optimisation
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: by device)
     unfrozen_layers: int = 0  # train only the last N layers and an untied head (0: everything)
     gradient_checkpointing: bool = False  # less memory, more compute
-    learning_rate: float = 0.0  # of AdamW (0: 1e-6, of sft and reward_model 1e-5, more for tiny)
+    learning_rate: float = 0.0  # of AdamW (0: 1e-6, sft and reward_model 1e-5, more for tiny)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # of the learning rate
-    warmup_updates: int = 0  # optimizer steps in which the learning rate rises
+    warmup_updates: int = 0  # optimizer steps of linear warm-up
     weight_decay: float = 1e-6  # of AdamW
     adam_betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
@@ -197,14 +197,17 @@ def load_splits(args):
 
 
 def encode_prompts(tokenizer, texts):
-    """Token ids of prompts, without the end token that some tokenizers add to any text."""
+    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to any text."""
     adds_end = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
     ids = tokenizer(texts).input_ids if texts else []
     return [torch.tensor(row[:-1] if adds_end else row) for row in ids]
 
 
 def split_dialogue(row):
-    """A row of HH, where chosen and rejected begin with the prompt, as prompt and responses."""
+    """A row of HH, whose chosen and rejected are whole dialogues, as prompt and responses.
+
+    A response that does not begin with the prompt of chosen is left empty.
+    """
     prompt = "".join(row["chosen"].rpartition("\n\nAssistant:")[:2])
     parts = {"prompt": prompt}
     for key in ("chosen", "rejected"):
@@ -214,15 +217,17 @@ def split_dialogue(row):
 
 
 def encode_responses(tokenizer, texts, end_ids, longest, counts):
-    """Token ids of responses, each with one end token: the first one in its text, or EOS.
+    """Token ids of responses, 1-D tensors. What is cut is added to `counts`.
 
-    Responses are cut at `longest` tokens. What is cut is added to `counts`.
+    A response ends at the first end token in its text, or else at an EOS that is added. One of more
+    than `longest` tokens is cut, and then has no end token.
     """
     responses = []
     all_ids = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
     for ids in all_ids:
         ids = [*ids, tokenizer.eos_token_id]
         length = 1 + next(t for t, token in enumerate(ids) if token in end_ids)
+        # Nothing is lost where the text ends with its end token, before the EOS added here.
         counts["texts cut at an end token"] += length < len(ids) - 1
         counts[f"responses cut at {longest} tokens"] += length > longest
         responses.append(torch.tensor(ids[: min(length, longest)]))
@@ -232,8 +237,9 @@ def encode_responses(tokenizer, texts, end_ids, longest, counts):
 def load_examples(tokenizer, end_ids, longest, columns, args):
     """Held-out and training examples: pairs of a prompt and a list of its responses in `columns`.
 
-    The data have the columns prompt and `columns` (chosen stands in for completion), or those of
-    HH. Prompts of more than `longest` tokens are dropped. Raises UserError for other data.
+    The rows have the columns prompt and `columns` (completion defaults to chosen), or chosen and
+    rejected alone, as in HH. Prompts of more than `longest` tokens are dropped. Raises UserError
+    for data in another form.
     """
     parts, held_out = [], set()
     for name, split in zip(("held-out", "training"), load_splits(args)):
@@ -248,7 +254,7 @@ def load_examples(tokenizer, end_ids, longest, columns, args):
                 needed = ", ".join(texts)
                 raise UserError(f"--dataset {args.dataset} has no {needed}: run prepare_data.py")
             if not all(values):
-                counts["rows with an empty text dropped"] += 1
+                counts["rows with an empty text or no common prompt dropped"] += 1
             elif row["prompt"] in held_out:
                 counts["rows with a held-out prompt dropped"] += 1
             elif args.dataset == "tldr" and not row["prompt"].startswith("SUBREDDIT"):
@@ -278,10 +284,10 @@ def load_examples(tokenizer, end_ids, longest, columns, args):
 def response_hidden(model, prompts, responses):
     """Last hidden states of responses: B·K tensors [T + 1, D].
 
-    State t predicts token t of the response, and the last one is for its score. The K responses to
-    a prompt share one row, so that the prompt is read once. Its last token z, which predicts the
-    first token of a response, is copied to the start of each. A response sees the prompt and
-    itself, and its positions continue those of the prompt:
+    State t predicts token t of the response; the last state is that of its last token. The K
+    responses to a prompt share one row, so that the prompt is read once. Its last token z, which
+    predicts the first token of a response, is copied to the start of each. A response sees the
+    prompt and itself, and its positions continue those of the prompt:
 
         row        x x z a a z b b
         segment    0 0 1 1 1 2 2 2
@@ -330,13 +336,13 @@ def in_batches(function, *columns, batch_size):
 
 
 def evaluate_pairs(chosen_scores, rejected_scores):
-    """How far to trust the scores of held-out pairs, both [N] float64: {measure: number}.
+    """Accuracy and calibration of the scores of N held-out pairs, both [N] float64.
 
-    Accuracy, overall and by tenths of |margin|, and the expected calibration error: the mean
-    distance between confidence σ(|margin|) and share of wins, over ten bins of confidence.
+    Accuracy is given for all pairs and for tenths of them by |margin|, the smallest first. The
+    calibration error is the distance between confidence σ(|margin|) and accuracy, over ten bins.
     """
     margins = chosen_scores - rejected_scores
-    wins = margins.sign() / 2 + 0.5  # a tie is half
+    wins = margins.sign() / 2 + 0.5  # a tie counts as half
     scores = torch.cat([chosen_scores, rejected_scores])
     point = {
         "rm/eval_loss": -F.logsigmoid(margins).mean().item(),
@@ -356,7 +362,7 @@ def evaluate_pairs(chosen_scores, rejected_scores):
 
 # -------------------------------------------------------------------------------------- training
 def lr_factor(step, args):
-    """The learning rate of a step (from 0) over --learning-rate: warm-up, then --lr-schedule."""
+    """What --learning-rate is multiplied with at a step, counted from 0."""
     if step < args.warmup_updates:
         return (step + 1) / args.warmup_updates
     done = (step - args.warmup_updates) / (args.num_updates - args.warmup_updates)
@@ -376,7 +382,7 @@ def clip_gradients(accelerator, model, max_norm):
 
 
 def seeded(*purpose):
-    """A generator seeded by its purpose, so that a resumed run needs no saved random state."""
+    """A generator seeded by its purpose, so that no random state has to be saved."""
     return torch.Generator().manual_seed(zlib.crc32(repr(purpose).encode()))
 
 
@@ -408,7 +414,7 @@ def find_checkpoint(folder, record, args):
 
 
 def start_run(folder, record, log_sizes):
-    """Write args.json, and remove old logs: all, or when resuming those after the checkpoint."""
+    """Write args.json, and remove an earlier run, or cut its logs to `log_sizes` when resuming."""
     if log_sizes is None:
         shutil.rmtree(folder / "model", ignore_errors=True)
         for pattern in (*LOGS, "events.out.tfevents.*", f"{CHECKPOINT}.p*t"):
@@ -422,7 +428,7 @@ def start_run(folder, record, log_sizes):
 
 
 def save_checkpoint(folder, model, optimizer, state):
-    """Save all that a resumed run needs. The previous checkpoint is removed after that."""
+    """Save everything that a resumed run needs, then remove the previous checkpoint."""
     new = folder / f"checkpoint-{state['update']:06}.pt"
     part = new.with_suffix(".part")
     log_sizes = {name: (folder / name).stat().st_size for name in LOGS}
@@ -475,15 +481,16 @@ def main(args):
         policy_name, num_labels=1, dtype=torch.float32, attn_implementation="sdpa"
     )
     set_up_model(reward_model.to(device), args, trainable=True)
-    try:  # the ends of a response are those of the policy
+    try:  # for the end tokens of the policy
         reward_model.generation_config = GenerationConfig.from_pretrained(policy_name)
     except OSError:
         pass
     tokenizer, end_ids = load_tokenizer(policy_name, reward_model)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # transformers reads the score before the padding, which must not look like the end.
+        # transformers reads the score at the last token but padding: were that EOS, it would skip
+        # the end of the response.
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-        size = max(len(tokenizer), reward_model.config.vocab_size)
+        size = max(len(tokenizer), reward_model.config.vocab_size)  # which may be padded
         reward_model.resize_token_embeddings(size)
     reward_model.config.pad_token_id = tokenizer.pad_token_id
     max_positions = getattr(reward_model.config, "max_position_embeddings", sys.maxsize)

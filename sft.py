@@ -1,20 +1,20 @@
 """SFT: supervised fine-tuning on demonstrations, the first stage of RLHF.
 
-The policy that comes out is where the later stages start, and their reference.
+The resulting policy is where the later stages start, and their reference policy.
 
     minimise   L = − Σ log π_θ(y_t | x, y_<t) / (number of response tokens)
 
-over prompts x and demonstrated responses y, each with its end token. Sum and number are those of
-the whole minibatch, so that micro-batches and processes do not change the loss. Prompts are read,
-not learned.
+over prompts x and demonstrated responses y, each with its end token. Sum and number run over the
+whole minibatch, so the loss does not depend on micro-batches or the number of processes. Prompt
+tokens carry no loss.
 
-    python sft.py                                           # embedded world
+    python sft.py                                           # built-in tiny world, a CPU
     python sft.py --model pythia-1b                         # TL;DR, one GPU
     python sft.py --model DIR --dataset DATA.jsonl          # columns prompt and completion
 
-Shapes: B prompts, T response tokens, V vocabulary, D hidden size. A prompt or a response is a 1-D
-tensor of token ids without padding; `responses` is a list of K = 1 for each prompt, as in the
-scripts that sample several.
+Shapes: B prompts, N responses, T response tokens, V vocabulary, D hidden size, L row length. A
+prompt or a response is a 1-D tensor of token ids without padding; `responses` is a list of B lists
+of K = 1 responses, as in the scripts that sample several.
 """
 
 import json
@@ -70,16 +70,16 @@ class Args:
     max_response_tokens: int = 128  # longer responses are cut
     # Sizes, over all processes unless noted
     data_epochs: int = 0  # passes over the training data (0: 3 for tiny, or 1)
-    num_updates: int = 0  # updates (0: online 1000, or 60 for tiny; else by --data-epochs)
+    num_updates: int = 0  # updates (0: 1000, or 60 for tiny; sft, reward_model: all data)
     minibatch_size: int = 32  # prompts per optimizer step
     micro_batch_size: int = 32  # prompts per forward pass of one process
     # Optimisation
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: by device)
     unfrozen_layers: int = 0  # train only the last N layers and an untied head (0: everything)
     gradient_checkpointing: bool = False  # less memory, more compute
-    learning_rate: float = 0.0  # of AdamW (0: 1e-6, of sft and reward_model 1e-5, more for tiny)
+    learning_rate: float = 0.0  # of AdamW (0: 1e-6, sft and reward_model 1e-5, more for tiny)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # of the learning rate
-    warmup_updates: int = 0  # optimizer steps in which the learning rate rises
+    warmup_updates: int = 0  # optimizer steps of linear warm-up
     weight_decay: float = 1e-6  # of AdamW
     adam_betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
@@ -130,7 +130,7 @@ def load_model(auto_class, name, device, args, trainable=False):
         raise UserError(f"{name}: {error}") from error
     if info["missing_keys"]:
         raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
-    # head_logits applies the head alone.
+    # Here the head is applied to hidden states alone, so nothing may come after it.
     head = model.to(device).get_output_embeddings()
     ids = torch.arange(3, device=device)[None]  # any three tokens
     with torch.no_grad():
@@ -188,14 +188,17 @@ def load_splits(args):
 
 
 def encode_prompts(tokenizer, texts):
-    """Token ids of prompts, without the end token that some tokenizers add to any text."""
+    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to any text."""
     adds_end = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
     ids = tokenizer(texts).input_ids if texts else []
     return [torch.tensor(row[:-1] if adds_end else row) for row in ids]
 
 
 def split_dialogue(row):
-    """A row of HH, where chosen and rejected begin with the prompt, as prompt and responses."""
+    """A row of HH, whose chosen and rejected are whole dialogues, as prompt and responses.
+
+    A response that does not begin with the prompt of chosen is left empty.
+    """
     prompt = "".join(row["chosen"].rpartition("\n\nAssistant:")[:2])
     parts = {"prompt": prompt}
     for key in ("chosen", "rejected"):
@@ -205,15 +208,17 @@ def split_dialogue(row):
 
 
 def encode_responses(tokenizer, texts, end_ids, longest, counts):
-    """Token ids of responses, each with one end token: the first one in its text, or EOS.
+    """Token ids of responses, 1-D tensors. What is cut is added to `counts`.
 
-    Responses are cut at `longest` tokens. What is cut is added to `counts`.
+    A response ends at the first end token in its text, or else at an EOS that is added. One of more
+    than `longest` tokens is cut, and then has no end token.
     """
     responses = []
     all_ids = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
     for ids in all_ids:
         ids = [*ids, tokenizer.eos_token_id]
         length = 1 + next(t for t, token in enumerate(ids) if token in end_ids)
+        # Nothing is lost where the text ends with its end token, before the EOS added here.
         counts["texts cut at an end token"] += length < len(ids) - 1
         counts[f"responses cut at {longest} tokens"] += length > longest
         responses.append(torch.tensor(ids[: min(length, longest)]))
@@ -223,8 +228,9 @@ def encode_responses(tokenizer, texts, end_ids, longest, counts):
 def load_examples(tokenizer, end_ids, longest, columns, args):
     """Held-out and training examples: pairs of a prompt and a list of its responses in `columns`.
 
-    The data have the columns prompt and `columns` (chosen stands in for completion), or those of
-    HH. Prompts of more than `longest` tokens are dropped. Raises UserError for other data.
+    The rows have the columns prompt and `columns` (completion defaults to chosen), or chosen and
+    rejected alone, as in HH. Prompts of more than `longest` tokens are dropped. Raises UserError
+    for data in another form.
     """
     parts, held_out = [], set()
     for name, split in zip(("held-out", "training"), load_splits(args)):
@@ -239,7 +245,7 @@ def load_examples(tokenizer, end_ids, longest, columns, args):
                 needed = ", ".join(texts)
                 raise UserError(f"--dataset {args.dataset} has no {needed}: run prepare_data.py")
             if not all(values):
-                counts["rows with an empty text dropped"] += 1
+                counts["rows with an empty text or no common prompt dropped"] += 1
             elif row["prompt"] in held_out:
                 counts["rows with a held-out prompt dropped"] += 1
             elif args.dataset == "tldr" and not row["prompt"].startswith("SUBREDDIT"):
@@ -275,10 +281,10 @@ def head_logits(model, hidden, temperature):
 def response_hidden(model, prompts, responses):
     """Last hidden states of responses: B·K tensors [T + 1, D].
 
-    State t predicts token t of the response, and the last one is for its score. The K responses to
-    a prompt share one row, so that the prompt is read once. Its last token z, which predicts the
-    first token of a response, is copied to the start of each. A response sees the prompt and
-    itself, and its positions continue those of the prompt:
+    State t predicts token t of the response; the last state is that of its last token. The K
+    responses to a prompt share one row, so that the prompt is read once. Its last token z, which
+    predicts the first token of a response, is copied to the start of each. A response sees the
+    prompt and itself, and its positions continue those of the prompt:
 
         row        x x z a a z b b
         segment    0 0 1 1 1 2 2 2
@@ -319,17 +325,18 @@ def response_logprobs(model, prompts, responses, temperature):
     def token_logprobs(hidden, targets):
         return -F.cross_entropy(head_logits(model, hidden, temperature), targets, reduction="none")
 
-    # Logits of 128 tokens at a time (they fit a CPU's cache), recomputed in the backward pass, so
-    # that a tensor [B, K, T, V] never exists.
-    parts = zip(hidden.split(128), torch.cat(targets).to(hidden.device).split(128))
-    parts = [checkpoint(token_logprobs, *part, use_reentrant=False) for part in parts]
-    logprobs = torch.cat(parts).split([len(y) for y in targets])
-    return pad_sequence(logprobs, batch_first=True).view(len(prompts), len(responses[0]), -1)
+    # Logits of 128 tokens at a time fit a CPU's cache. Those of many tokens are made again in
+    # the backward pass, so that a tensor [B, K, T, V] never exists.
+    if len(hidden) > 1024:
+        token_logprobs = partial(checkpoint, token_logprobs, use_reentrant=False)
+    parts = map(token_logprobs, hidden.split(128), torch.cat(targets).to(hidden.device).split(128))
+    logprobs = torch.cat(list(parts)).split([len(y) for y in targets])
+    return pad_sequence(logprobs, batch_first=True).unflatten(0, (len(prompts), -1))
 
 
 # -------------------------------------------------------------------------------------- training
 def lr_factor(step, args):
-    """The learning rate of a step (from 0) over --learning-rate: warm-up, then --lr-schedule."""
+    """What --learning-rate is multiplied with at a step, counted from 0."""
     if step < args.warmup_updates:
         return (step + 1) / args.warmup_updates
     done = (step - args.warmup_updates) / (args.num_updates - args.warmup_updates)
@@ -349,7 +356,7 @@ def clip_gradients(accelerator, model, max_norm):
 
 
 def seeded(*purpose):
-    """A generator seeded by its purpose, so that a resumed run needs no saved random state."""
+    """A generator seeded by its purpose, so that no random state has to be saved."""
     return torch.Generator().manual_seed(zlib.crc32(repr(purpose).encode()))
 
 
@@ -381,7 +388,7 @@ def find_checkpoint(folder, record, args):
 
 
 def start_run(folder, record, log_sizes):
-    """Write args.json, and remove old logs: all, or when resuming those after the checkpoint."""
+    """Write args.json, and remove an earlier run, or cut its logs to `log_sizes` when resuming."""
     if log_sizes is None:
         shutil.rmtree(folder / "model", ignore_errors=True)
         for pattern in (*LOGS, "events.out.tfevents.*", f"{CHECKPOINT}.p*t"):
@@ -395,7 +402,7 @@ def start_run(folder, record, log_sizes):
 
 
 def save_checkpoint(folder, model, optimizer, state):
-    """Save all that a resumed run needs. The previous checkpoint is removed after that."""
+    """Save everything that a resumed run needs, then remove the previous checkpoint."""
     new = folder / f"checkpoint-{state['update']:06}.pt"
     part = new.with_suffix(".part")
     log_sizes = {name: (folder / name).stat().st_size for name in LOGS}
@@ -535,7 +542,8 @@ def main(args):
             mask = [torch.ones_like(y) for [y] in responses]
             mask = pad_sequence(mask, batch_first=True).to(device)
             loss, metrics = sft_loss(logprobs, mask)
-            # A mean over the tokens of the minibatch; gradients are averaged over the processes.
+            # sft_loss is the mean of this micro-batch: weight it by its share of the minibatch.
+            # clip_gradients divides by the number of processes.
             weight = mask.sum() / num_tokens * world
             (loss * weight).backward()
             losses.append(metrics["sft/loss"] * weight)

@@ -212,10 +212,10 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_the_logits_of_all_tokens_are_never_in_memory():
+def test_the_logits_of_many_tokens_are_never_in_memory_together():
     """Neither in the forward nor in the backward pass, nor kept between them."""
     policy = build("gpt2", "policy", seed=5, vocab_size=10_000)
-    prompts, responses = [some_ids(5, 1)] * 20, [[some_ids(30, 2)]] * 20
+    prompts, responses = [some_ids(5, 1)] * 40, [[some_ids(30, 2)]] * 40
     kept = []
     hooks = torch.autograd.graph.saved_tensors_hooks(
         lambda v: kept.append(v.numel()) or v, lambda v: v
@@ -224,7 +224,7 @@ def test_the_logits_of_all_tokens_are_never_in_memory():
         found = response_logprobs(policy, prompts, responses, 0.7)
     with Largest() as backward:
         gradient_of(policy, found.sum())
-    assert max(forward.elements, backward.elements, sum(kept)) < 600 * 10_000 / 2
+    assert max(forward.elements, backward.elements, sum(kept)) < 1200 * 10_000 / 2
     assert min(forward.elements, backward.elements) >= 10_000
 
 

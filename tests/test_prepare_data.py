@@ -218,7 +218,7 @@ def test_tldr_keeps_the_posts_of_reddit_alone(tmp_path):
     write(tmp_path / "tldr-preference.jsonl", rows)
     found = Result(tmp_path, tmp_path / "tldr-preference.jsonl", strict=True)
     assert len(found.rows) == 8 and all(row["prompt"].startswith("SUBREDDIT") for row in found.rows)
-    assert found.info["counts"]["train"]["left out: of CNN/DM, no Reddit post"] == 8
+    assert found.info["counts"]["train"]["left out: CNN/DM article, not a Reddit post"] == 8
     assert len(Result(tmp_path, rows).rows) == 16
 
 
@@ -343,7 +343,7 @@ def test_texts_stay_as_they_are_less_what_the_tokenizer_adds(chat, tmp_path):
     assert found.rows == [
         {"prompt": f"Say {i}.", "chosen": " Yes.", "rejected": " No.\n"} for i in range(3)
     ]
-    assert found.info["counts"]["train"]["cut at an end token inside"] == 1
+    assert found.info["counts"]["train"]["cut at an EOS inside the response"] == 1
 
 
 def test_columns_of_other_names_go_before_those_of_the_dataset(tmp_path):
