@@ -681,7 +681,7 @@ def test_rows_with_an_empty_text_are_dropped_and_counted(tmp_path, capsys):
     args = sft.Args(dataset=str(tmp_path))
     _, examples = load_examples(tokenizer_of("byte_level"), [0], 99, ("completion",), args)
     assert len(examples) == 26
-    assert "empty text dropped': 2" in capsys.readouterr().out
+    assert "no common prompt dropped': 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
