@@ -783,7 +783,7 @@ def main(args):
                         init_error = (logps - sampled_logps[micro]).abs().max().item()
                         if not init_error < (2 if args.dtype == "bfloat16" else 0.5):
                             raise UserError(
-                                f"--model {args.model} samples and trains {init_error:.2g} nats apart;"
+                                f"--model {args.model} samples {init_error:.2g} nats off training:"
                                 " sliding windows, alibi and recurrent layers are not supported"
                             )
                     loss, metrics = pairwise_loss(
