@@ -773,3 +773,13 @@ def test_help_tells_every_flag(script, tmp_path):
     said = run(script, "--help", cwd=tmp_path)
     for name in vars(importlib.import_module(script).Args()):
         assert f"--{name.replace('_', '-')}" in said
+
+
+def test_track_logs_to_weights_and_biases_without_a_network(data, tmp_path):
+    """In a process of its own: W&B ends its run when the interpreter exits."""
+    options = [*SIZES["p3o_v2"], "--dataset", data, "--output-dir", "run", "--track"]
+    command = [sys.executable, ROOT / "p3o_v2.py", *map(str, options)]
+    environment = {**os.environ, "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    (kept,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"objective/reward" in kept.read_bytes() and b"prompts_per_update" in kept.read_bytes()
