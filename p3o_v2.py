@@ -11,26 +11,26 @@ of them, y_1 and y_2, minimise L, where sg[...] stops the gradient and π(y) is 
 
     r_i = (score_i − mean over the prompt) / s, clipped     s: their running standard deviation
     h_i = log π_θ(y_i) − log π_ref(y_i)                     log-ratio to the reference (SFT) policy
-    q   = sg[ (r_1 − r_2) − β (h_1 − h_2) ]                 reward difference less the KL penalty
+    q   = sg[ (r_1 − r_2) − β (h_1 − h_2) ]                 less the KL penalty of the current π_θ
     ρ_i = π_θ(y_i) / π_old(y_i)                             sequence-level importance ratio
-    w   = sg[ clip(ρ_1 ρ_2, 1/R, R) ]                       importance weight of the pair
+    w   = sg[ clip(ρ_1 ρ_2, 1/R, R) ]                       importance weight, as π_old samples
     Δ   = log ρ_1 − log ρ_2
     L   = ½ E max( −q w Δ, −q w clip(Δ, −ε, ε) )
 
 Where neither clip is active the gradient is −½ E[ q w ∇(log π_θ(y_1) − log π_θ(y_2)) ]: REINFORCE
 with the other response as the baseline. V2 clips the pair jointly, V1 (p3o_v1.py) each ρ_i alone.
-Not in the paper: the mean over all K(K−1)/2 pairs of K > 2 responses, and s, with which one β suits
-any reward. Its sizes are --num-responses 2 --prompts-per-update 64 --minibatch-size 4 (β = 0.05).
+Not in the paper: the mean over all K(K−1)/2 pairs of K > 2 responses, and dividing by s, so that
+one β suits any reward. The paper has --num-responses 2 --prompts-per-update 64 --minibatch-size 4.
 
     python p3o_v2.py                                       # built-in tiny world, 2 minutes on a CPU
     python p3o_v2.py --model pythia-1b                     # TL;DR, one GPU
     python p3o_v2.py --model DIR --dataset DATA.jsonl --reward-fn reward.py:score
     accelerate launch --num_processes 8 p3o_v2.py --model pythia-1b
 
-Shapes: B prompts (in main of all processes together, else of a batch), K responses to each, P pairs
-of responses, T response tokens, V vocabulary, D hidden size. A prompt or a response is a 1-D tensor
-of token ids without padding; `responses` is a list of B lists of K responses. `logprobs` are per
-token, `logps` their sums over a response.
+Shapes: B prompts (the variable B in main counts those of all processes, tensors hold those of one),
+K responses to each, P pairs of responses, T response tokens, V vocabulary, D hidden size. A prompt
+or a response is a 1-D tensor of token ids without padding; `responses` is a list of B lists of K
+responses. `logprobs` are per token, `logps` their sums over a response.
 """
 
 import importlib.util
@@ -92,7 +92,7 @@ def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_
         "policy/ratio_mean": ratio.mean(),
         "policy/ratio_max": ratio.max(),  # of a micro-batch; the log has the mean of these
         "policy/approx_kl": (ratio - 1 - logratio.detach()).mean(),
-        # The ascent coefficient of ∇(h_1 − h_2); the mean is near 0, since pairs have no order
+        # ½ q w, by which ∇Δ is multiplied; its mean is near 0, since pairs have no order
         "policy/pair_weight_mean": (q * w).mean() / 2,
         "policy/pair_weight_std": (q * w).std(correction=0) / 2,
     }
@@ -113,7 +113,7 @@ class Args:
     # Models and data
     model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder; see find_model
     reward_model: str = ""  # hub id or folder (empty: the local run of reward_model.py, or public)
-    reward_fn: str = ""  # FILE.py:FUNCTION, called with prompts and responses; goes before a model
+    reward_fn: str = ""  # FILE.py:FUNCTION of prompts and responses, instead of a model
     gold_fn: str = ""  # FILE.py:FUNCTION, a known true reward that is only evaluated
     dataset: str = ""  # tiny, hh, tldr, a hub id, a file or a folder (empty: tiny or tldr)
     max_prompt_tokens: int = 512  # longer prompts are dropped
@@ -139,7 +139,7 @@ class Args:
     missing_eos_penalty: float = 0.0  # subtracted from the score of a response without an end token
     beta: float = 0.2  # coefficient of the KL penalty, β
     clip_range: float = 0.2  # ε (0: no clipping)
-    ratio_bound: float = 10.0  # R, importance weights are kept in [1/R, R]
+    ratio_bound: float = 10.0  # R ≥ 1, importance weights are kept in [1/R, R]
 
 
 SCRIPT = Path(__file__).stem
@@ -213,7 +213,7 @@ def load_model(auto_class, name, device, args, trainable=False):
         raise UserError(f"{name}: {error}") from error
     if info["missing_keys"]:
         raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
-    # Here the head is applied to hidden states alone, so nothing may come after it.
+    # head_logits applies the head alone, so scaled or capped logits would be wrong.
     head = model.to(device).get_output_embeddings()
     ids = torch.arange(3, device=device)[None]  # any three tokens
     with torch.no_grad():
@@ -430,9 +430,9 @@ def response_hidden(model, prompts, responses):
     """Last hidden states of responses: B·K tensors [T + 1, D].
 
     State t predicts token t of the response; the last state is that of its last token. The K
-    responses to a prompt share one row, so that the prompt is read once. Its last token z, which
-    predicts the first token of a response, is copied to the start of each. A response sees the
-    prompt and itself, and its positions continue those of the prompt:
+    responses to a prompt share one row, so that the prompt is read once. The prompt's last token z
+    predicts the first token of a response, so each response starts with a copy of z. A response
+    sees the prompt and itself, and its positions continue those of the prompt:
 
         row        x x z a a z b b
         segment    0 0 1 1 1 2 2 2
@@ -715,7 +715,7 @@ def main(args):
         return in_batches(function, prompts, responses, batch_size=args.micro_batch_size)
 
     autocast = partial(torch.autocast, device.type, torch.bfloat16, args.dtype == "bfloat16")
-    with torch.no_grad(), autocast():  # the noise of every evaluation: only policies differ
+    with torch.no_grad(), autocast():  # same noise as in evaluate: only policies differ
         sft_responses, _ = sample(reference, eval_prompts, 1, "eval")
         sft_rewards = reward_fns["reward"](eval_prompts, sft_responses)
         sft_samples = decode_texts(tokenizer, eval_prompts, sft_responses)
@@ -762,10 +762,10 @@ def main(args):
             scale = (state["square_sum"] / state["count"]) ** 0.5 or 1.0
             rewards = (rewards / scale).clamp(-10, 10)
 
-            # 3. log π_ref, and log π_old as recorded while sampling
+            # 3. log π_ref, and log π_old: recorded while sampling, recomputed in bfloat16
             ref_logps = logps_of(reference, batch, responses)
             old_logps = sampled_logps
-            if args.dtype == "bfloat16":  # sampling and training round differently
+            if args.dtype == "bfloat16":  # sampling rounds differently, but ρ must start at 1
                 old_logps = logps_of(policy, batch, responses)
 
         # 4. Several epochs of minibatches, in micro-batches of prompts of like length
@@ -783,8 +783,8 @@ def main(args):
                         init_error = (logps - sampled_logps[micro]).abs().max().item()
                         if not init_error < (2 if args.dtype == "bfloat16" else 0.5):
                             raise UserError(
-                                f"--model {args.model} samples {init_error:.2g} nats off training:"
-                                " sliding windows, alibi and recurrent layers are not supported"
+                                f"--model {args.model}: sampling and training differ by "
+                                f"{init_error:.2g} nats; windows, alibi, recurrence are unsupported"
                             )
                     loss, metrics = pairwise_loss(
                         logps, old_logps[micro], ref_logps[micro], rewards[micro],
@@ -802,11 +802,11 @@ def main(args):
         metrics["objective/kl"] = (old_logps - ref_logps).mean()
         metrics["objective/length"] = lengths.mean()
         metrics["objective/eos_rate"] = ended.mean()
-        metrics["grad_norm"] = grad_norm
+        metrics["grad_norm"] = grad_norm  # of the last step
         metrics = {
             key: accelerator.reduce(v.to(device), "mean").item() for key, v in metrics.items()
         }
-        metrics["objective/beta_raw"] = args.beta * scale
+        metrics["objective/beta_raw"] = args.beta * scale  # β in units of the score
         metrics["val/ratio_init_error"] = init_error
         metrics["time/update"] = time.perf_counter() - start
         log(accelerator, folder / "metrics.jsonl", update, metrics)

@@ -285,9 +285,9 @@ def response_hidden(model, prompts, responses):
     """Last hidden states of responses: B·K tensors [T + 1, D].
 
     State t predicts token t of the response; the last state is that of its last token. The K
-    responses to a prompt share one row, so that the prompt is read once. Its last token z, which
-    predicts the first token of a response, is copied to the start of each. A response sees the
-    prompt and itself, and its positions continue those of the prompt:
+    responses to a prompt share one row, so that the prompt is read once. The prompt's last token z
+    predicts the first token of a response, so each response starts with a copy of z. A response
+    sees the prompt and itself, and its positions continue those of the prompt:
 
         row        x x z a a z b b
         segment    0 0 1 1 1 2 2 2

@@ -130,7 +130,7 @@ def load_model(auto_class, name, device, args, trainable=False):
         raise UserError(f"{name}: {error}") from error
     if info["missing_keys"]:
         raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
-    # Here the head is applied to hidden states alone, so nothing may come after it.
+    # head_logits applies the head alone, so scaled or capped logits would be wrong.
     head = model.to(device).get_output_embeddings()
     ids = torch.arange(3, device=device)[None]  # any three tokens
     with torch.no_grad():
@@ -282,9 +282,9 @@ def response_hidden(model, prompts, responses):
     """Last hidden states of responses: B·K tensors [T + 1, D].
 
     State t predicts token t of the response; the last state is that of its last token. The K
-    responses to a prompt share one row, so that the prompt is read once. Its last token z, which
-    predicts the first token of a response, is copied to the start of each. A response sees the
-    prompt and itself, and its positions continue those of the prompt:
+    responses to a prompt share one row, so that the prompt is read once. The prompt's last token z
+    predicts the first token of a response, so each response starts with a copy of z. A response
+    sees the prompt and itself, and its positions continue those of the prompt:
 
         row        x x z a a z b b
         segment    0 0 1 1 1 2 2 2
