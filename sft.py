@@ -126,8 +126,8 @@ def load_model(auto_class, name, device, args, trainable=False):
         model, info = auto_class.from_pretrained(
             name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
+    except Exception as error:  # the libraries raise many kinds
+        raise UserError(f"model {name}: {error}") from error
     if info["missing_keys"]:
         raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
     # head_logits applies the head alone, so scaled or capped logits would be wrong.
