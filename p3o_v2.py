@@ -283,7 +283,7 @@ def load_prompts(tokenizer, longest, args):
     They are read from the column prompt or, as in HH, from chosen without its last answer.
     Raises UserError for data in another form.
     """
-    prompts, seen = [], set()
+    prompts, held_out = [], {}
     for name, split in zip(("held-out", "training"), load_splits(args)):
         column = "prompt" if "prompt" in split.column_names else "chosen"
         texts = split[column] if column in split.column_names else [None]  # fails the check below
@@ -293,15 +293,18 @@ def load_prompts(tokenizer, longest, args):
             )
         if column == "chosen":
             texts = ["".join(text.rpartition("\n\nAssistant:")[:2]) for text in texts]
+        unique = dict.fromkeys(texts)
+        texts = [text for text in unique if text and text not in held_out]
         if args.dataset == "tldr":  # the rest are news articles
             texts = [text for text in texts if text.startswith("SUBREDDIT")]
-        texts = [text for text in dict.fromkeys(texts) if text and text not in seen]
-        seen.update(texts)
+        held_out = unique
         ids = encode_prompts(tokenizer, texts)
         kept = [row for row in ids if 0 < len(row) <= longest]
         PartialState().print(
-            f"{name:13} {len(kept)} unique prompts in {len(split)} rows, "
-            f"{len(ids) - len(kept)} longer than {longest} tokens dropped"
+            f"{name:13} {len(kept)} prompts. Dropped of {len(split)} rows: "
+            f"{len(split) - len(unique)} with the prompt of another, "
+            f"{len(unique) - len(texts)} empty, held out or news articles, "
+            f"{len(ids) - len(kept)} of more than {longest} tokens"
         )
         if not kept:
             raise UserError(f"--dataset {args.dataset} has no {name} prompts that can be used")
