@@ -1,13 +1,13 @@
 """P3O-V2: Pairwise Proximal Policy Optimization with joint clipping (Wu et al. 2023, 2310.00212).
 
-Sample several responses to a prompt, score them, and raise the log-probability of the better one
-relative to the worse one, in proportion to the difference of their rewards. Adding a constant to
+Sample several responses to a prompt, score them, and raise the log-probability of the better ones
+relative to the worse ones, in proportion to the differences of their rewards. Adding a constant to
 all rewards of a prompt changes nothing, so no value function is needed.
 
     maximise   E[ r(x, y) ] − β KL(π_θ ‖ π_ref)             x ~ prompts, y ~ π_θ(·|x)
 
-π_old is the policy at the start of an update, which samples all responses of the update. For two
-of them, y_1 and y_2, minimise L, where sg[...] stops the gradient and π(y) is short for π(y|x):
+π_old is the policy at the start of an update, which samples all responses of the update; π(y) is
+short for π(y|x), and sg[...] stops the gradient. For two of the responses, y_1 and y_2, minimise L:
 
     r_i = (score_i − mean over the prompt) / s, clipped     s: their running standard deviation
     h_i = log π_θ(y_i) − log π_ref(y_i)                     log-ratio to the reference (SFT) policy
@@ -19,8 +19,9 @@ of them, y_1 and y_2, minimise L, where sg[...] stops the gradient and π(y) is 
 
 Where neither clip is active the gradient is −½ E[ q w ∇(log π_θ(y_1) − log π_θ(y_2)) ]: REINFORCE
 with the other response as the baseline. V2 clips the pair jointly, V1 (p3o_v1.py) each ρ_i alone.
-Not in the paper: the mean over all K(K−1)/2 pairs of K > 2 responses, and dividing by s, so that
-one β suits any reward. The paper has --num-responses 2 --prompts-per-update 64 --minibatch-size 4.
+The paper has two responses: --num-responses 2 --prompts-per-update 64 --minibatch-size 4. Here the
+loss is the mean over all K(K−1)/2 pairs of the K responses to a prompt.
+Dividing by s is not in the paper. It lets one β suit any reward.
 
     python p3o_v2.py                                       # built-in tiny world, 2 minutes on a CPU
     python p3o_v2.py --model pythia-1b                     # TL;DR, one GPU
@@ -28,9 +29,9 @@ one β suits any reward. The paper has --num-responses 2 --prompts-per-update 64
     accelerate launch --num_processes 8 p3o_v2.py --model pythia-1b
 
 Shapes: B prompts (the variable B in main counts those of all processes, tensors hold those of one),
-K responses to each, P pairs of responses, T response tokens, V vocabulary, D hidden size. A prompt
-or a response is a 1-D tensor of token ids without padding; `responses` is a list of B lists of K
-responses. `logprobs` are per token, `logps` their sums over a response.
+K responses to each, T response tokens, V vocabulary, D hidden size. A prompt or a response is a 1-D
+tensor of token ids without padding; `responses` is a list of B lists of K responses. `logprobs` are
+per token, `logps` their sums over a response.
 """
 
 import importlib.util
@@ -68,10 +69,11 @@ def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_
     """P3O-V2 loss, mean over prompts and over the pairs of their K responses.
 
     logps, old_logps, ref_logps: [B, K] log π(y|x) in nats under π_θ, π_old and π_ref
-    rewards: [B, K] r, centred and scaled; beta: β; clip_range: ε (0: no clipping); ratio_bound: R
+    rewards: [B, K] r, centred and scaled; beta: β; clip_range: ε (0: no clipping)
+    ratio_bound: R, importance weights are kept in [1/R, R]
     Returns the scalar loss and a dict of detached scalars.
     """
-    i, j = torch.combinations(torch.arange(logps.shape[1], device=logps.device)).T  # P pairs
+    i, j = torch.combinations(torch.arange(logps.shape[1])).T  # P pairs
 
     def difference(x):  # [B, K] -> [B, P]
         return x[:, i] - x[:, j]
@@ -92,9 +94,7 @@ def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_
         "policy/ratio_mean": ratio.mean(),
         "policy/ratio_max": ratio.max(),  # of a micro-batch; the log has the mean of these
         "policy/approx_kl": (ratio - 1 - logratio.detach()).mean(),
-        # ½ q w, by which ∇Δ is multiplied; its mean is near 0, since pairs have no order
-        "policy/pair_weight_mean": (q * w).mean() / 2,
-        "policy/pair_weight_std": (q * w).std(correction=0) / 2,
+        "policy/pair_weight_std": (q * w).std(correction=0) / 2,  # ½ q w multiplies ∇Δ
     }
     return loss, metrics
 
@@ -358,7 +358,7 @@ def load_rewards(reward_name, tokenizer, device, args):
     functions = {}
     if args.reward_fn:
         functions["reward"] = partial(text_rewards, load_function(args.reward_fn), tokenizer)
-    else:
+    elif reward_name:
         model = load_model(AutoModelForSequenceClassification, reward_name, device, args)
         vocabulary = AutoTokenizer.from_pretrained(reward_name).get_vocab()
         same = tokenizer.get_vocab().items() <= vocabulary.items()
@@ -383,7 +383,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     """Sample K responses to each of B prompts from the whole distribution (no top-k or top-p).
 
     This replaces `generate`: it reads a prompt once for its K responses, drops responses that have
-    ended from the batch, and records their log-probabilities, which P3O needs anyway.
+    ended from the batch, and records their log-probabilities, which are needed anyway.
 
     noise: [B, K, T] uniform numbers; a response depends on its own T, not on the rest of the batch
     Returns B tuples: the K responses, up to and including an end token, and their logprobs [K, T].
@@ -519,11 +519,25 @@ def in_batches(function, *columns, batch_size):
     return torch.stack(results) if torch.is_tensor(results[0]) else results
 
 
-def lengths_and_ends(responses, end_ids):
-    """Lengths of responses in tokens, and whether they end with an end token: [B, K] float64."""
+def lengths_and_ends(responses, end_ids, device):
+    """Lengths of responses in tokens, and whether they end with an end token: [2, B, K] float64."""
     lengths = [[len(y) for y in group] for group in responses]
     ended = [[y[-1] in end_ids for y in group] for group in responses]
-    return torch.tensor(lengths).double(), torch.tensor(ended).double()
+    return torch.tensor([lengths, ended]).to(device).double()
+
+
+def check_agreement(logps, sampled_logps, args):
+    """The largest difference in nats between log π(y|x) in training and in sampling, both [B, K].
+
+    Raises UserError if they cannot be of one policy.
+    """
+    error = (logps - sampled_logps).abs().max().item()
+    if not error < (2 if args.dtype == "bfloat16" else 0.5):
+        raise UserError(
+            f"--model {args.model}: sampling and training differ by {error:.2g} nats; windows, "
+            f"alibi and recurrence are unsupported"
+        )
+    return error
 
 
 def clip_gradients(accelerator, model, max_norm):
@@ -569,27 +583,39 @@ def find_checkpoint(folder, record, args):
     return max(folder.glob(f"{CHECKPOINT}.pt"), default=None)
 
 
-def start_run(folder, record, log_sizes):
-    """Write args.json, and remove an earlier run, or cut its logs to `log_sizes` when resuming."""
-    if log_sizes is None:
+def start_run(accelerator, folder, record, state, args):
+    """Open the run folder: remove an earlier run, or cut its logs to those of the checkpoint."""
+    if "log_sizes" not in state:
         shutil.rmtree(folder / "model", ignore_errors=True)
         for pattern in (*LOGS, "events.out.tfevents.*", f"{CHECKPOINT}.p*t"):
             for path in folder.glob(pattern):
                 path.unlink()
     else:
-        for name, size in log_sizes.items():
+        for name, size in state["log_sizes"].items():
             os.truncate(folder / name, size)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(record, indent=2))
+    if args.track:
+        import wandb  # optional
+
+        wandb.init(project="p3o", name=str(folder), config=record, sync_tensorboard=True)
+    # What was logged after the checkpoint is dropped.
+    accelerator.init_trackers(
+        folder.name, init_kwargs={"tensorboard": {"purge_step": state["update"] + 1}}
+    )
 
 
 def save_checkpoint(folder, model, optimizer, state):
     """Save everything that a resumed run needs, then remove the previous checkpoint."""
     new = folder / f"checkpoint-{state['update']:06}.pt"
     part = new.with_suffix(".part")
-    log_sizes = {name: (folder / name).stat().st_size for name in LOGS}
-    state_dicts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | state_dicts | {"log_sizes": log_sizes}, part)
+    content = {
+        **state,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "log_sizes": {name: (folder / name).stat().st_size for name in LOGS},
+    }
+    torch.save(content, part)
     part.rename(new)  # a checkpoint is never half written
     for old in set(folder.glob(f"{CHECKPOINT}.p*t")) - {new}:  # .pt and .part
         old.unlink()
@@ -651,8 +677,8 @@ def main(args):
     reward_name = args.reward_fn or args.reward_model or find_model("reward_model", args)
     if not reward_name:
         raise UserError(
-            f"no reward: run sft.py and reward_model.py with --model {args.model} --dataset "
-            f"{args.dataset}, or pass --reward-model or --reward-fn"
+            f"no reward for --model {args.model} --dataset {args.dataset}: run sft.py and "
+            f"reward_model.py with them, or pass --reward-model or --reward-fn"
         )
     record = {"script": SCRIPT, "policy": policy_name, "reward": reward_name, **asdict(args)}
     saved = find_checkpoint(folder, record, args)
@@ -693,15 +719,7 @@ def main(args):
         optimizer.load_state_dict(state.pop("optimizer"))
     accelerator.wait_for_everyone()  # all have read the folder, which changes now
     if is_main:
-        start_run(folder, record, state.get("log_sizes"))
-    if args.track and is_main:
-        import wandb  # optional
-
-        wandb.init(project="p3o", name=str(folder), config=record, sync_tensorboard=True)
-    # What was logged after the checkpoint is dropped.
-    accelerator.init_trackers(
-        folder.name, init_kwargs={"tensorboard": {"purge_step": state["update"] + 1}}
-    )
+        start_run(accelerator, folder, record, state, args)
 
     def sample(model, prompts, k, *purpose):
         """k responses to each prompt, and their log π(y|x), [B, k] float64."""
@@ -735,7 +753,7 @@ def main(args):
         for name, function in reward_fns.items():
             values[name] = function(eval_prompts, responses)  # [B, 1]
         values["win_rate_vs_sft"] = (values["reward"] - sft_rewards).sign() / 2 + 0.5  # tie: half
-        values["length"], values["eos_rate"] = lengths_and_ends(responses, end_ids)
+        values["length"], values["eos_rate"] = lengths_and_ends(responses, end_ids, device)
         samples = decode_texts(tokenizer, eval_prompts, responses)
         for row, sft_row in zip(samples, sft_samples):
             row["sft_response"] = sft_row["response"]
@@ -754,11 +772,11 @@ def main(args):
             batch = sorted([prompts[i] for i in batches[update - 1]], key=len)[rank::world]
             responses, sampled_logps = sample(policy, batch, K, "sample", update)
 
-            # 2. Score them. The mean over a prompt cancels in q; without it the scale and the clamp
+            # 2. Score them. The mean over a prompt cancels in the loss; without it, scale and clamp
             # depend on differences within a prompt alone.
             scores = reward_fns["reward"](batch, responses).to(device).double()  # [B, K]
-            lengths, ended = lengths_and_ends(responses, end_ids)
-            rewards = scores - args.missing_eos_penalty * (1 - ended.to(device))
+            lengths, ended = lengths_and_ends(responses, end_ids, device)
+            rewards = scores - args.missing_eos_penalty * (1 - ended)
             rewards = rewards - rewards.mean(1, keepdim=True)
             state["square_sum"] += accelerator.reduce(rewards.square().sum()).item()
             state["count"] += B * (K - 1)  # degrees of freedom
@@ -783,12 +801,7 @@ def main(args):
                     with autocast():
                         logps = response_logps(policy, *inputs, args.temperature)
                     if not stats:  # no step yet: training must agree with sampling
-                        init_error = (logps - sampled_logps[micro]).abs().max().item()
-                        if not init_error < (2 if args.dtype == "bfloat16" else 0.5):
-                            raise UserError(
-                                f"--model {args.model}: sampling and training differ by "
-                                f"{init_error:.2g} nats; windows, alibi, recurrence are unsupported"
-                            )
+                        init_error = check_agreement(logps, sampled_logps[micro], args)
                     loss, metrics = pairwise_loss(
                         logps, old_logps[micro], ref_logps[micro], rewards[micro],
                         args.beta, args.clip_range, args.ratio_bound,
@@ -806,9 +819,7 @@ def main(args):
         metrics["objective/length"] = lengths.mean()
         metrics["objective/eos_rate"] = ended.mean()
         metrics["grad_norm"] = grad_norm  # of the last step
-        metrics = {
-            key: accelerator.reduce(v.to(device), "mean").item() for key, v in metrics.items()
-        }
+        metrics = {key: accelerator.reduce(v, "mean").item() for key, v in metrics.items()}
         metrics["objective/beta_raw"] = args.beta * scale  # β in units of the score
         metrics["val/ratio_init_error"] = init_error
         metrics["time/update"] = time.perf_counter() - start

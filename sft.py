@@ -387,27 +387,39 @@ def find_checkpoint(folder, record, args):
     return max(folder.glob(f"{CHECKPOINT}.pt"), default=None)
 
 
-def start_run(folder, record, log_sizes):
-    """Write args.json, and remove an earlier run, or cut its logs to `log_sizes` when resuming."""
-    if log_sizes is None:
+def start_run(accelerator, folder, record, state, args):
+    """Open the run folder: remove an earlier run, or cut its logs to those of the checkpoint."""
+    if "log_sizes" not in state:
         shutil.rmtree(folder / "model", ignore_errors=True)
         for pattern in (*LOGS, "events.out.tfevents.*", f"{CHECKPOINT}.p*t"):
             for path in folder.glob(pattern):
                 path.unlink()
     else:
-        for name, size in log_sizes.items():
+        for name, size in state["log_sizes"].items():
             os.truncate(folder / name, size)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(record, indent=2))
+    if args.track:
+        import wandb  # optional
+
+        wandb.init(project="p3o", name=str(folder), config=record, sync_tensorboard=True)
+    # What was logged after the checkpoint is dropped.
+    accelerator.init_trackers(
+        folder.name, init_kwargs={"tensorboard": {"purge_step": state["update"] + 1}}
+    )
 
 
 def save_checkpoint(folder, model, optimizer, state):
     """Save everything that a resumed run needs, then remove the previous checkpoint."""
     new = folder / f"checkpoint-{state['update']:06}.pt"
     part = new.with_suffix(".part")
-    log_sizes = {name: (folder / name).stat().st_size for name in LOGS}
-    state_dicts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | state_dicts | {"log_sizes": log_sizes}, part)
+    content = {
+        **state,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "log_sizes": {name: (folder / name).stat().st_size for name in LOGS},
+    }
+    torch.save(content, part)
     part.rename(new)  # a checkpoint is never half written
     for old in set(folder.glob(f"{CHECKPOINT}.p*t")) - {new}:  # .pt and .part
         old.unlink()
@@ -487,15 +499,7 @@ def main(args):
         optimizer.load_state_dict(state.pop("optimizer"))
     accelerator.wait_for_everyone()  # all have read the folder, which changes now
     if is_main:
-        start_run(folder, record, state.get("log_sizes"))
-    if args.track and is_main:
-        import wandb  # optional
-
-        wandb.init(project="p3o", name=str(folder), config=record, sync_tensorboard=True)
-    # What was logged after the checkpoint is dropped.
-    accelerator.init_trackers(
-        folder.name, init_kwargs={"tensorboard": {"purge_step": state["update"] + 1}}
-    )
+        start_run(accelerator, folder, record, state, args)
 
     autocast = partial(torch.autocast, device.type, torch.bfloat16, args.dtype == "bfloat16")
 
