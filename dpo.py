@@ -1,39 +1,35 @@
-"""DPO: Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290).
+"""DPO: Direct Preference Optimization (Rafailov et al. 2023, 2305.18290).
 
-Learn from labelled pairs without a reward model: β times the policy's log-ratio to the reference is an implicit reward
-itself, and its differences are fitted to the labels as a reward model's would be.
+Learn from labelled pairs without a reward model: β times the log-ratio of the policy to the
+reference is an implicit reward, fitted to the labels as a reward model would be.
 
-Objective    max_θ  E log σ( β (h_w − h_l) )         h = log π_θ(y|x) − log π_ref(y|x),  (x, y_w, y_l) ~ labelled pairs
+    minimise   L = −E[ (1−ε) log σ(β (h_w − h_l)) + ε log σ(β (h_l − h_w)) ]
 
-Loss         L = −mean  (1 − ε) log σ(β (h_w − h_l)) + ε log σ(−β (h_w − h_l))        their eq. 7; ε: --label-smoothing
+    h = log π_θ(y|x) − log π_ref(y|x)      for a prompt x with a chosen response y_w, a rejected y_l
+    ε                                      the share of labels taken to be wrong (0 in the paper)
 
-Its optimum is that of E[r] − β KL(π_θ‖π_ref) for the reward r that explains the labels. log π_ref of the pairs is
-computed once and kept in runs/cache; the reference model is gone while training, and loaded again only for the
-evaluations, which need it for new responses.
+Its optimum is that of E[r] − β KL(π_θ ‖ π_ref) for the reward r that explains the labels. log π_ref
+of all pairs is computed once, and kept in the run folder.
 
-Shapes: n pairs, N = 2n responses, T response tokens, V vocabulary, D hidden size. Prompts and responses are lists of
-1-D id tensors, nothing padded; `logprobs` are per token, `logps` their sums over a response.
+    python dpo.py                                          # built-in tiny world, 1 minute on a CPU
+    python dpo.py --model pythia-1b                        # TL;DR, one GPU
+    python dpo.py --model DIR --dataset DATA.jsonl         # columns prompt, chosen and rejected
+    accelerate launch --num_processes 8 dpo.py --model pythia-1b
 
-    python dpo.py                                                     the embedded world
-    python dpo.py --model pythia-1b --dataset hh --dtype bfloat16     one GPU; after sft.py
-    python dpo.py --model FOLDER --dataset FILE.jsonl                 your own: columns prompt, chosen, rejected
+Shapes: B prompts, K = 2 responses to each (chosen, rejected), T response tokens, V vocabulary, D
+hidden size. A prompt or a response is a 1-D tensor of token ids without padding; `responses` is a
+list of B lists of K responses. `logprobs` are per token, `logps` their sums over a response.
 """
 
-import gc
-import hashlib
 import json
 import math
 import os
-import re
 import runpy
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 import time
+import zlib
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -45,1001 +41,753 @@ import torch.nn.functional as F
 import transformers
 import tyro
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from huggingface_hub import HfApi, constants
-from torch.distributed.fsdp import FSDPModule
+from accelerate.utils import gather_object
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StopStringCriteria
-from transformers.cache_utils import DynamicCache, DynamicLayer
-
-NAME, TINY = Path(__file__).stem, Path(__file__).parent / "tiny"
-PUBLIC = {  # of stage and dataset, for pythia-1b, 2.8b and 6.9b: docs/recipes.md says where they are documented
-    "sft/tldr": "trl-lib/pythia-{}-deduped-tldr-sft",
-    "reward_model/tldr": "cleanrl/EleutherAI_pythia-{}-deduped__reward__tldr",
-}
-# Settings that a resumed run may change: what is left of it (num_updates: if lr is constant), memory and speed alone.
-MAY_CHANGE = set("args config resume overwrite debug track output_dir num_updates eval_every save_every".split())
-MAY_CHANGE |= {"device", "micro_batch_size", "gradient_checkpointing"}
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 
-def preference_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing):
-    """DPO loss (paper: equation 7), mean over pairs; log π(y_w), log π(y_l) of policy and reference, all [n], in nats.
-    beta: β; label_smoothing: ε, the share of labels taken to be wrong. Returns (loss, dict of detached scalars)."""
-    chosen, rejected = beta * (chosen_logps - ref_chosen_logps), beta * (rejected_logps - ref_rejected_logps)  # β h
-    margins = chosen - rejected
-    loss = -((1 - label_smoothing) * F.logsigmoid(margins) + label_smoothing * F.logsigmoid(-margins)).mean()
+def preference_loss(
+    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing
+):
+    """DPO loss (equation 7), mean over pairs.
+
+    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: [B] log π(y|x) in nats under
+    π_θ and π_ref; beta: β; label_smoothing: ε
+    Returns the scalar loss and a dict of detached scalars.
+    """
+    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)  # β h_w
+    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)  # β h_l
+    margins = chosen_rewards - rejected_rewards
+    losses = (label_smoothing - 1) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(
+        -margins
+    )
+    loss = losses.mean()
     margins = margins.detach()
-    pair_weight = beta * (1 - label_smoothing - margins.sigmoid())  # −∂/∂(h_w − h_l) of a pair's loss
-    metrics = {"policy/loss": loss.detach(), "policy/pair_weight_mean": pair_weight.mean()}
-    metrics |= {"rewards/chosen": chosen.detach().mean(), "rewards/rejected": rejected.detach().mean()}
-    metrics |= {"rewards/margins": margins.mean(), "rewards/accuracies": (margins.sign() / 2 + 0.5).mean()}
-    metrics |= {"logps/chosen": chosen_logps.detach().mean(), "logps/rejected": rejected_logps.detach().mean()}
+    metrics = {
+        "policy/loss": loss.detach(),
+        "rewards/chosen": chosen_rewards.detach().mean(),
+        "rewards/rejected": rejected_rewards.detach().mean(),
+        "rewards/margins": margins.mean(),
+        "rewards/accuracies": (margins.sign() / 2 + 0.5).mean(),  # a tie counts as half
+        # By which ∇(h_w − h_l) is multiplied
+        "policy/pair_weight_mean": beta * (1 - label_smoothing - margins.sigmoid()).mean(),
+    }
     return loss, metrics
 
 
 @dataclass
 class Args:
     # Run
-    seed: int = 1  # of the sampling noise, the order of the data and any new weights
-    output_dir: str = ""  # the run's folder (default: runs/SCRIPT/DATASET/MODEL)
-    overwrite: bool = False  # replace the run that the folder holds
-    resume: bool = False  # go on from the folder's last checkpoint, or from the beginning where there is none
-    save_every: int = 200  # updates between checkpoints (0: only at the end, and when stopped by Ctrl-C or SIGTERM)
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
-    dry_run: bool = False  # show two rows as the model sees them, the lengths of all and the memory needed, and stop
-    track: bool = False  # log to Weights & Biases too (pip install wandb)
-    debug: bool = False  # show the traceback of a mistake too
-    config: str = ""  # args.json of a run, whose settings take the place of the defaults (all but its folder)
-    # Model, rewards, data
-    model: str = "tiny"  # tiny (embedded), a short name (pythia-14m … pythia-12b), a hub id, or a folder
-    reward_model: str = ""  # folder or hub id, fed this model's token ids (default: what reward_model.py saved for it)
-    reward_fn: str = ""  # FILE.py:f, in place of a model: f(prompts: list[str], responses: list[str]) -> list[float]
-    gold_fn: str = ""  # FILE.py:f, the true reward of the same form where one is known; only ever evaluated
-    trust_remote_code: bool = False  # run the Python code that a model's folder or hub page brings
-    dataset: str = ""  # tiny, hh, tldr, a hub id, a .jsonl[.gz] or .parquet file, a folder (default: hh; tiny for tiny)
-    subset: str = ""  # configuration of a hub dataset
-    split: str = ""  # TRAIN or TRAIN,HELD-OUT (default: train, or the only one; test or validation, or a tenth of all)
-    chat_template: str = ""  # file with the template that renders messages (default: the tokenizer's)
-    map: tuple[str, ...] = ()  # prompt=question chosen=best …: columns that have other names than the script's
-    max_prompt_tokens: int = 512  # longer prompts are dropped, and counted
-    truncate_prompts: bool = False  # cut longer prompts on the left instead
-    max_response_tokens: int = 128  # length limit of a response
-    stop: tuple[str, ...] = ()  # texts that end a response, no part of its answer (for hh: "\n\nHuman:"; "": none)
-    # Sizes
-    data_epochs: int = 0  # passes over the training data (0: one; on tiny sft.py and reward_model.py take 3)
-    num_updates: int = 0  # rounds of sampling and training (online); optimizer steps at most (offline; 0: all data)
-    minibatch_size: int = 32  # prompts with all responses (online), pairs or rows (offline) per optimizer step
-    micro_batch_size: int = 32  # sequences in one forward, a prompt's at least; sampling aside; for memory and speed
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products and frozen weights (float16 overflows)
-    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
-    unfrozen_layers: int = 0  # train only this many last layers, and the head if it has its own weights (0: all)
-    lora_rank: int = 0  # rank of adapters to those layers, then trained and saved alone (0: train the weights)
-    # Optimiser
-    learning_rate: float = 0.0  # AdamW's step size (0: 1e-6, for 1B; sft.py, reward_model.py: 1e-5; more for tiny)
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # how the learning rate falls over the run
-    warmup_updates: int = 0  # updates in which the learning rate rises from 0
-    weight_decay: float = 1e-6  # AdamW's, decoupled
-    adam_betas: tuple[float, float] = (0.9, 0.95)  # decay rates of AdamW's two moments
+    seed: int = 1  # random seed
+    output_dir: str = ""  # run folder (empty: runs/SCRIPT/DATASET/MODEL)
+    resume: bool = False  # continue from the last checkpoint in the run folder, if there is one
+    overwrite: bool = False  # replace the run in the run folder
+    save_every: int = 200  # updates between checkpoints (0: only at the end)
+    eval_every: int = 100  # updates between evaluations (0: only before and after training)
+    eval_prompts: int = 256  # held-out prompts to evaluate on
+    track: bool = False  # log to Weights & Biases, too
+    # Models and data
+    model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder; see find_model
+    reward_model: str = ""  # hub id or folder (empty: the local run of reward_model.py, or public)
+    reward_fn: str = ""  # FILE.py:FUNCTION of prompts and responses, instead of a model
+    gold_fn: str = ""  # FILE.py:FUNCTION, a known true reward that is only evaluated
+    dataset: str = ""  # tiny, hh, tldr, a hub id, a file or a folder (empty: tiny or tldr)
+    max_prompt_tokens: int = 512  # longer prompts are dropped
+    max_response_tokens: int = 128  # longer responses are cut
+    # Sizes, over all processes unless noted
+    data_epochs: int = 1  # passes over the training data (0: 3 for tiny, else 1)
+    num_updates: int = 0  # updates (0: online 1000, or 60 for tiny; others all data)
+    minibatch_size: int = 32  # prompts per optimizer step
+    micro_batch_size: int = 16  # prompts per forward pass of one process
+    # Optimisation
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: by device)
+    unfrozen_layers: int = 0  # train only the last N layers and an untied head (0: everything)
+    gradient_checkpointing: bool = False  # less memory, more compute
+    learning_rate: float = 0.0  # of AdamW (0: 1e-6, sft and reward_model 1e-5, more for tiny)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # of the learning rate
+    warmup_updates: int = 0  # optimizer steps of linear warm-up
+    weight_decay: float = 1e-6  # of AdamW
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
-    # Evaluation on held-out prompts; there is always one before training and one after
-    eval_every: int = 100  # updates between evaluations (0: only these two)
-    eval_prompts: int = 256  # held-out prompts used, the first ones
     # Algorithm
-    temperature: float = 1.0  # of the distribution sampled from, in every log-probability and KL too
-    beta: float = 0.1  # coefficient of the KL penalty
-    label_smoothing: float = 0.0  # ε, share of labels that are taken to be wrong (0: none)
+    temperature: float = 1.0  # of the policy, in sampling and in log-probabilities
+    beta: float = 0.1  # coefficient of the KL penalty, β
+    label_smoothing: float = 0.0  # ε, share of labels that are taken to be wrong
+
+
+SCRIPT = Path(__file__).stem
+TINY = Path(__file__).parent / "tiny"
+DATASETS = {
+    "tiny": str(TINY / "data"),
+    "hh": "Anthropic/hh-rlhf",
+    "tldr": "trl-lib/tldr-preference",
+}
+# Public models for TL;DR (1b, 2.8b, 6.9b), used where there is no local run of the stage.
+PUBLIC_MODELS = {
+    "sft": "trl-lib/pythia-{}-deduped-tldr-sft",
+    "reward_model": "cleanrl/EleutherAI_pythia-{}-deduped__reward__tldr",
+}
+LOGS = ("metrics.jsonl", "frontier.jsonl", "samples.jsonl")
+CHECKPOINT = f"checkpoint-{'[0-9]' * 6}"  # a glob pattern
+MAY_BE_ZERO = (
+    "seed save_every eval_every num_updates unfrozen_layers warmup_updates weight_decay "
+    "max_grad_norm beta label_smoothing"
+).split()
+MAY_CHANGE = (  # in a resumed run
+    "output_dir resume overwrite save_every eval_every track micro_batch_size "
+    "gradient_checkpointing"
+).split()
 
 
 class UserError(Exception):
-    """A mistake in what the user gave, told in one sentence without a traceback; exit code 2, nothing was changed."""
+    """A mistake in the arguments or the data, reported in one sentence without a traceback."""
 
 
-class RunError(Exception):
-    """What ends a run that had begun, told in one sentence; exit code 1, the last checkpoint is kept."""
-
-
-# ------------------------------------------------------------------------------------------------ set up, find and load
-def set_up(args):
-    """The accelerator; args completed. Raises UserError, for a number out of range before all else."""
-    at_least_1 = "micro_batch_size minibatch_size prompts_per_update num_responses num_epochs ratio_bound"
-    at_least_1 += " max_prompt_tokens max_response_tokens ref_samples_per_prompt"
-    lowest = dict.fromkeys(at_least_1.split(), 1) | {"eval_prompts": 2, "temperature": 0.001}
+# ------------------------------------------------------------------------------ models and data
+def check_numbers(args):
+    """Raises UserError for a negative number, or a zero where it makes no sense."""
     for name, value in vars(args).items():
-        low, high = lowest.get(name, 0), 1 if name in ("adam_betas", "label_smoothing") else 2**63
-        if not all(low <= x < high for x in (value if isinstance(value, tuple) else [value]) if not isinstance(x, str)):
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {low}, below {high:.3g}.")
-    if "tiny" in (args.model, args.dataset) and not TINY.is_dir():
-        raise UserError("tiny/ lies beside the scripts in the repository: pass --model, --dataset and --reward-fn.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU; pass --device cpu, or leave it out.")
-    if args.track:
-        import wandb  # noqa: F401  optional: if it is missing, no run is touched
-    args.dataset = args.dataset or ("tiny" if args.model == "tiny" else "hh")
-    if re.fullmatch(r"pythia-[\d.]+[mb](-deduped)?", args.model) and not Path(args.model).exists():
-        args.model = f"EleutherAI/{args.model}"
-    if "stop" in vars(args):
-        args.stop = tuple(x.replace(r"\n", "\n") for x in args.stop) or ("\n\nHuman:",) * (args.dataset == "hh")
-    accelerator = Accelerator(cpu=args.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
-    size, prompts, processes = args.minibatch_size, vars(args).get("prompts_per_update"), accelerator.num_processes
-    if prompts and (prompts % size or size % processes):
-        wanted = f"a multiple of --minibatch-size {size}, itself one of the number of processes, {processes}"
-        raise UserError(f"--prompts-per-update {prompts}: expected {wanted}.")
-    if not accelerator.is_main_process:
-        sys.stdout = open(os.devnull, "w")
-    return accelerator
+        lowest = 0 if name in MAY_BE_ZERO else 1e-9  # anything positive
+        if type(value) in (int, float) and not value >= lowest:
+            raise UserError(f"--{name.replace('_', '-')} {value} is too small")
 
 
-def short_name(path):
-    """Last part of a path or hub id without its ending; a model that a run saved keeps the name of its base."""
+def stage_folder(script, args):
+    """Where a script saves its run for this dataset and model unless told otherwise."""
+    model = Path(args.model)
+    name = model.parent.name if model.name == "model" else model.name  # scripts save RUN/model
+    return Path(f"runs/{script}/{Path(args.dataset).name}/{name}")
+
+
+def find_model(stage, args):
+    """Where to load the model of a stage (sft, reward_model) from: a folder, a hub id or "".
+
+    A local run for this --model and --dataset comes first, then a public model. Otherwise the
+    policy is --model itself, and there is no reward model.
+    """
+    folder = TINY / stage if args.model == "tiny" else stage_folder(stage, args) / "model"
+    if folder.is_dir():
+        return str(folder)
+    size = args.model.removeprefix("pythia-").removesuffix("-deduped")
+    if args.dataset == "tldr" and size in ("1b", "2.8b", "6.9b"):
+        return PUBLIC_MODELS[stage].format(size)
+    if stage == "reward_model":
+        return ""
+    return f"EleutherAI/{args.model}" if args.model.startswith("pythia-") else args.model
+
+
+def load_model(auto_class, name, device, args, trainable=False):
+    """A model from a folder or the hub. Raises UserError if it cannot be used here."""
     try:
-        record = json.loads((Path(path).parent / "args.json").read_text())
-        base = record["base_name"] if "base_name" in record else record["model"].removesuffix("/model")
-        return os.path.basename(os.path.abspath(base))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no record, or none of a run
-        return re.sub(r"(\.jsonl|\.json|\.parquet)?(\.gz)?$", "", os.path.basename(os.path.abspath(path)))
-
-
-def find_stage(stage, model, dataset):
-    """The model that an earlier stage (sft, reward_model) saved for this base model and dataset, or else a public one:
-    a folder, a hub id, or None."""
-    if model == "tiny":
-        return f"{TINY}/{stage}"
-    for name in (Path(dataset).name, short_name(dataset)):  # sft.py and reward_model.py keep its ending
-        run, models = Path("runs") / stage / name / short_name(model), (model, model.removeprefix("EleutherAI/"))
-        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # no record, or none of a run
-            saved = json.loads((run / "args.json").read_text())
-            there = saved.get("args", saved)
-            fits = short_name(f"{run}/model") == short_name(model) and (run / "model").is_dir()
-            if fits and there["dataset"] == dataset and (stage != "sft" or there["model"] in models):
-                return f"{run}/model"
-    size = re.fullmatch(r"EleutherAI/pythia-(1b|2\.8b|6\.9b)(-deduped)?", model)
-    return PUBLIC.get(f"{stage}/{dataset}", "").format(size[1]) or None if size else None
-
-
-def fetch(kind, name, flag, load, **options):
-    """load(name, **options), a hub id only after one request of at most 10 s has found it. Raises UserError."""
-    try:
-        if kind in ("model", "tokenizer", "dataset") and not Path(name).exists() and not constants.HF_HUB_OFFLINE:
-            HfApi().repo_info(name, repo_type="dataset" if kind == "dataset" else "model", timeout=10)
-        return load(name, **options)
-    except Exception as error:
-        error = error.__cause__ or error  # the datasets library wraps the real one
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        where = "can be read from there" if Path(name).exists() else "is there, nor on huggingface.co; pass a path"
-        raise UserError(f"{flag} {name}: no {kind} {where} ({reason}).") from error
-
-
-def load_model(auto_class, name, flag, device, args, train=False, new_head=False, **options):
-    """A model in evaluation mode, so without dropout, from a folder or the hub; see set_up_model. Raises UserError."""
-    options |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": args.trust_remote_code}
-    model, info = fetch("model", name, flag, auto_class.from_pretrained, **options)
-    if info["missing_keys"] and not new_head:
-        raise UserError(f"{flag} {name}: it is no {auto_class.__name__[4:]}, it lacks {sorted(info['missing_keys'])}.")
-    if train and getattr(model, "peft_config", None):
-        raise UserError(f"{flag} {name}: it is an adapter; merge it into its model first, see docs/recipes.md.")
-    head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 2]])
+        model, info = auto_class.from_pretrained(
+            name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    except Exception as error:  # the libraries raise many kinds
+        raise UserError(f"model {name}: {error}") from error
+    if info["missing_keys"]:
+        raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
+    # head_logits applies the head alone, so scaled or capped logits would be wrong.
+    head = model.to(device).get_output_embeddings()
+    ids = torch.arange(3, device=device)[None]  # any three tokens
     with torch.no_grad():
-        if head and not torch.allclose(model(ids).logits, head(model.base_model(ids).last_hidden_state), 0, 1e-4, True):
-            raise UserError(f"{flag} {name}: it scales or caps its logits, which is not supported; use another model.")
-    return set_up_model(model.to(device), args, train)
-
-
-def set_up_model(model, args, train):
-    """Freeze the whole model or, if `train`, all but its last --unfrozen-layers and head (0: freeze nothing). Its trunk
-    multiplies in --dtype; weights stay float32, but frozen Linear ones are rounded to it. Raises UserError."""
-    trunk, unfrozen = model.base_model, args.unfrozen_layers if train else 0
-    layers = next(part for part in trunk.modules() if isinstance(part, torch.nn.ModuleList))
-    if not 0 <= unfrozen <= len(layers):
-        raise UserError(f"--unfrozen-layers {unfrozen}: the model has {len(layers)}; pass 0 to train everything.")
-    model.requires_grad_(train)
-    if unfrozen:
-        trunk.requires_grad_(False)
-        layers[-unfrozen:].requires_grad_(True)
-    if train and vars(args).get("lora_rank"):
-        from peft import LoraConfig  # optional
-
-        which = [k.removesuffix(".weight") for k, w in layers.named_parameters() if w.ndim == 2 and w.requires_grad]
-        options = {"target_modules": which, "modules_to_save": ["score"] * hasattr(model, "score") or None}
-        options |= {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "task_type": "CAUSAL_LM"}
-        model.add_adapter(LoraConfig(**options))
-    for layer in layers if train and args.gradient_checkpointing else ():
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    if args.dtype == "bfloat16":
-        torch.set_float32_matmul_precision("high")  # for the head: float32 in and out, TF32 products
-        trunk.forward = torch.autocast(model.device.type, torch.bfloat16)(trunk.forward)
-        for part in trunk.modules():
-            if isinstance(part, torch.nn.Linear) and (w := part.weight).dtype == torch.float32 and not w.requires_grad:
-                part.to(torch.bfloat16)
+        if head and not head(model.base_model(ids)[0]).allclose(model(ids).logits, atol=1e-3):
+            raise UserError(f"{name} scales or caps its logits, which is not supported")
+    set_up_model(model, args, trainable)
     return model
 
 
-def load_tokenizer(name, model, args):
-    """The tokenizer of a policy, and the ids that end its responses. Raises UserError."""
-    options = {"trust_remote_code": args.trust_remote_code}
-    tokenizer = fetch("tokenizer", name, "--model", AutoTokenizer.from_pretrained, **options)
-    if args.chat_template:
-        tokenizer.chat_template = fetch("chat template", Path(args.chat_template), "--chat-template", Path.read_text)
-    if not tokenizer("Hi").input_ids:  # what the library makes up where there is none
-        raise UserError(f"--model {name}: no tokenizer is there; save the model's own in that folder.")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocabulary:
-        raise UserError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, its embeddings {vocabulary:,}.")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token, which ends a response.")
-    generation = getattr(model, "generation_config", None)
-    with suppress(OSError, ValueError):  # a classifier made of a policy has none
-        generation = generation or transformers.GenerationConfig.from_pretrained(name)
-    ends = (tokenizer.eos_token_id, model.config.eos_token_id, getattr(generation, "eos_token_id", None))
-    return tokenizer, sorted({i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None})
+def set_up_model(model, args, trainable):
+    """Turn dropout off, choose the weights to train, and round the others to --dtype."""
+    model.eval().requires_grad_(trainable)
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    if trainable and args.unfrozen_layers:
+        model.base_model.requires_grad_(False)
+        layers[-args.unfrozen_layers :].requires_grad_(True)
+    if trainable and args.gradient_checkpointing:  # transformers' own is off in evaluation mode
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if args.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # the head stays in float32, with TF32 products
+        # Frozen weights are rounded as autocast rounds the trained ones.
+        for module in model.base_model.modules():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                module.to(torch.bfloat16)
 
 
-def to_texts(row, columns, tokenizer):
-    """Texts [prompt, *columns] of a row; chosen stands in for completion. Without a prompt the responses begin with it:
-    the first up to its last "Assistant:" (HH), or all its messages but the last; one that does not is left empty. The
-    chat template renders messages, less BOS and EOS, which are added later. Raises ValueError."""
-    if "messages" in row and not {"chosen", "completion"} & {*row}:
-        row = {"chosen": row["messages"]} | {key: x for key, x in row.items() if key != "prompt"}  # their first turn
-    columns = columns or ("completion",) * isinstance(row.get("chosen", row.get("completion")), list)
-    keys = ("prompt", *columns) if columns or "prompt" in row else ("prompt", "chosen")
-    prompt, *responses = values = [{"prompt": "", "completion": row.get("chosen"), **row}.get(key) for key in keys]
-    for key, x in zip(keys, values):
-        if not isinstance(x, str) and not (isinstance(x, list) and {*map(type, x)} == {dict}):
-            names = key if "prompt" in row else f"prompt=COLUMN {key}"
-            found = f"found {x!r:.60} (columns: {', '.join(row)}); --map {names}=COLUMN names another"
-            raise ValueError(f"expected text or messages in {key}; {found}")
-    if any(isinstance(x, list) for x in values):
-        if not tokenizer.chat_template:
-            raise ValueError("messages need a chat template, which the tokenizer lacks: pass --chat-template FILE")
-        responses = [[{"role": "assistant", "content": y}] if isinstance(y, str) else y for y in responses]
-        dialogue = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        dialogue = dialogue if prompt else responses[0][:-1]
-        if prompt and dialogue[-1].get("role") == "assistant":
-            raise ValueError("the messages of the prompt end with an answer; --map completion=COLUMN if they hold both")
-        if any(y[-1].get("role") in ("user", "system", "developer", "tool") for y in responses):
-            raise ValueError("the last message is not the assistant's answer; --map prompt=COLUMN if all is the prompt")
-        render = partial(tokenizer.apply_chat_template, tokenize=False)
-        # A response of one message lacks the dialogue before it.
-        responses = [render(y if y[1:] or not prompt else dialogue + y).rstrip() for y in responses]
-        bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids else ""
-        prompt = render(dialogue, add_generation_prompt=True).removeprefix(bos)
-        responses = [y.removeprefix(bos).removesuffix(tokenizer.eos_token) for y in responses]
-    elif "prompt" in row:
-        return values
-    else:
-        prompt = "".join(responses[0].rpartition("\n\nAssistant:")[:2])
-    return [prompt, *(y[len(prompt) :] if y.startswith(prompt) else "" for y in responses)]
+def load_tokenizer(name, model):
+    """The tokenizer of a policy, and the ids that end its responses."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token_id is None or not tokenizer("a").input_ids:
+        raise UserError(f"{name} has no tokenizer, or one without an end-of-sequence token")
+    ends = getattr(model, "generation_config", model.config).eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return tokenizer, sorted({tokenizer.eos_token_id, *ends} - {None})
 
 
-def read_dataset(tokenizer, args, columns):
-    """(train, held-out) rows of texts, see to_texts; --map names columns. Held-out prompts are not trained on; if none
-    are given a tenth of all (at most 1,000) is held out. JSON lines are parsed here: the library would turn text that
-    looks like a date into one. Raises UserError."""
-    path = {"tiny": f"{TINY}/data", "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr-preference"}
-    path, flag, subset = path.get(args.dataset, args.dataset), f"--dataset {args.dataset}", args.subset or None
-    loader, files = ("parquet" if path.endswith(".parquet") else "json", path) if Path(path).is_file() else (path, None)
-    if files and not os.path.getsize(path):
-        raise UserError(f"{flag}: the file is empty.")
-
-    def load(path):
-        if any(Path(path, x).is_file() for x in ("state.json", "dataset_dict.json")):  # of save_to_disk
-            found = datasets.load_from_disk(path)
-            return found if isinstance(found, dict) else {"train": found}, False
-        builder = datasets.load_dataset_builder(loader, subset, data_files=files)
-        is_json = type(builder).__name__.startswith("Json")  # in a folder its name goes on with the folder's
-        source = ("text", None, None, builder.config.data_files) if is_json else (loader, subset, None, files)
-        return datasets.load_dataset(*source), is_json
-
-    splits, is_json = fetch("dataset", path, "--dataset", load)
-    first, *held = args.split.split(",") if args.split else ["train" if len(splits) > 1 else [*splits][0]]
-    if not {first, *held} <= {*splits} or held[1:] or first in held:
-        raise UserError(f"--split {','.join((first, *held))}: {flag} has the splits {', '.join(splits)}.")
-    names = [x for x in dict.fromkeys((first, *held, "test", "validation")) if x in splits]
-    parts, renamed = [[] for _ in names[:2]], [x.partition("=")[::2] for x in args.map]
-    for name, part in zip(names, parts):
-        for number, row in enumerate(splits[name], 1):
-            try:
-                if not is_json or row["text"].strip():
-                    row = {**json.loads(row["text"])} if is_json else row
-                    if wrong := [f"{k}={x}" for k, x in renamed if x not in row and (k != "rejected" or k in columns)]:
-                        raise ValueError(f"--map {' '.join(wrong)}: the columns are {', '.join(row)}")
-                    mapped = {key: row.get(x) for key, x in renamed}
-                    if "prompt" in mapped:  # goes before messages
-                        row.pop("messages", None)
-                    part.append(to_texts(row | mapped, columns, tokenizer))
-            except Exception as error:  # a chat template raises what it likes
-                raise UserError(f"{flag}: row {number} of {name}: {type(error).__name__}: {error}.") from error
-    if args.dataset == "tldr":
-        posts = [[row for row in part if row[0].startswith("SUBREDDIT")] for part in parts]
-        print(f"{'':14}{sum(map(len, parts)) - sum(map(len, posts)):,} rows dropped: of CNN/DM, no Reddit posts")
-        parts = posts
-    held = {x for x, *_ in parts[-1]} - {""}
-    if len(parts) == 1:  # a tenth of the prompts, the same in every script
-        held = {*sorted(held, key=lambda x: hashlib.sha256(x.encode()).digest())[: min(max(len(held) // 10, 2), 1000)]}
-        parts.append([row for row in parts[0] if row[0] in held])
-    elif dropped := sum(row[0] in held for row in parts[0]):
-        print(f"{'':14}{dropped:,} train rows dropped: their prompts are held out")
-    return [[row for row in parts[0] if row[0] not in held], parts[1]]
+def load_splits(args):
+    """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
+    path = DATASETS.get(args.dataset, args.dataset)
+    try:
+        file = Path(path)
+        if file.is_file():
+            splits = datasets.load_dataset(str(file.parent), data_files=file.name)
+        else:
+            splits = datasets.load_dataset(path)
+        if list(splits) == ["train"]:
+            splits = splits["train"].train_test_split(test_size=0.1, seed=0)
+    except (datasets.exceptions.DatasetsError, ValueError, StopIteration) as error:
+        raise UserError(f"--dataset {path}: {error.__cause__ or error!r}") from error
+    test = {"test", "validation", "valid"} & set(splits)
+    if "train" not in splits or not test:
+        raise UserError(f"--dataset {path} has the splits {list(splits)}: run prepare_data.py")
+    return splits[min(test)], splits["train"]
 
 
-def load_rows(tokenizer, end_ids, args, columns):
-    """(train, held-out) rows of 1-D id tensors, {"prompt", *columns}, responses with one end (EOS where they have none
-    of `end_ids`); prints what is left out. Prompt and response are tokenised apart, as in use. Raises UserError."""
-    parts, keys = read_dataset(tokenizer, args, columns), ("prompt", *columns)
-    longest, last = (args.max_prompt_tokens, args.max_response_tokens), tokenizer.eos_token_id
-    for i, name in enumerate(("train", "held-out")):
-        counts, texts, rows = Counter(), [], []
-        for row in parts[i]:
-            if not all(map(str.strip, row)):
-                counts["dropped: empty prompt or response, or no prompt in common"] += 1
-            else:
-                texts.append(row)
-        ids = [tokenizer([*x], add_special_tokens=k == 0).input_ids for k, x in enumerate(zip(*texts))]
-        for prompt, *responses in zip(*ids):
-            done = f"{'cut' if args.truncate_prompts else 'dropped'}: prompt of more than {longest[0]} tokens"
-            counts[done] += len(prompt) > longest[0]
-            if args.truncate_prompts or len(prompt) <= longest[0]:
-                responses = [y if y[-1] in end_ids else [*y, last] for y in responses]
-                counts[f"cut: response of more than {longest[1]} tokens"] += sum(len(y) > longest[1] for y in responses)
-                row = [prompt[-longest[0] :], *(y[: longest[1]] for y in responses)]
-                equal = len({*map(tuple, row[1:])}) < len(columns)
-                counts["dropped: chosen and rejected are equal"] += equal
-                rows += [] if equal else [{key: torch.tensor(values) for key, values in zip(keys, row)}]
-        print(f"{'':14}{len(rows):,} {name} rows" + "".join(f"; {n:,} {what}" for what, n in counts.items() if n))
-        if not rows:
-            raise UserError(f"--dataset {args.dataset}: no {name} rows are left; see the counts above.")
-        parts[i] = rows
+def encode_prompts(tokenizer, texts):
+    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to any text."""
+    adds_end = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+    ids = tokenizer(texts).input_ids if texts else []
+    return [torch.tensor(row[:-1] if adds_end else row) for row in ids]
+
+
+def split_dialogue(row):
+    """A row of HH, whose chosen and rejected are whole dialogues, as prompt and responses.
+
+    A response that does not begin with the prompt of chosen is left empty.
+    """
+    prompt = "".join(row["chosen"].rpartition("\n\nAssistant:")[:2])
+    parts = {"prompt": prompt}
+    for key in ("chosen", "rejected"):
+        text = row.get(key) or ""
+        parts[key] = text[len(prompt) :] if text.startswith(prompt) else ""
     return parts
 
 
-def show_rows(tokenizer, rows, models):
-    """--dry-run: two rows token by token, prompts grey and responses, which are trained on, green; the length of the
-    parts of all rows; the memory of the models' weights, gradients and AdamW's moments. rows: lists of 1-D ids."""
-    for row in rows[:2]:
-        until = [tokenizer.decode(torch.cat(row)[:n]) for n in range(sum(map(len, row)) + 1)]
-        tokens = [repr(x[len(os.path.commonprefix((w, x))) :])[1:-1] for w, x in zip(until, until[1:])]
-        for part, ids in enumerate(row):
-            print(f"\033[{32 if part else 90}m{'|'.join(tokens[: len(ids)])}\033[0m")
-            tokens = tokens[len(ids) :]
-        print()
-    for part, lengths in enumerate(zip(*(map(len, row) for row in rows))):
-        at = ", ".join(str(sorted(lengths)[int(share * (len(rows) - 1))]) for share in (0, 0.05, 0.5, 0.95, 1))
-        print(f"{'response' if part else 'prompt':14}{at} tokens: shortest, 5 %, median, 95 %, longest")
-    weights = {weight.data_ptr(): weight for model in models for weight in model.parameters()}.values()  # shared: once
-    size = sum(weight.nbytes * (4 if weight.requires_grad else 1) for weight in weights) / 2**30
-    print(f"memory        {size:.2f} GiB for weights, gradients and AdamW; activations and logits come on top")
+def encode_responses(tokenizer, texts, end_ids, longest, counts):
+    """Token ids of responses, 1-D tensors. What is cut is added to `counts`.
+
+    A response ends at the first end token in its text, or else at an EOS that is added. One of more
+    than `longest` tokens is cut, and then has no end token.
+    """
+    responses = []
+    for ids in tokenizer(texts, add_special_tokens=False).input_ids:
+        ids = [*ids, tokenizer.eos_token_id]
+        length = 1 + next(t for t, token in enumerate(ids) if token in end_ids)
+        # Nothing is lost where the text ends with its end token, before the EOS added here.
+        counts["texts cut at an end token"] += length < len(ids) - 1
+        counts[f"responses cut at {longest} tokens"] += length > longest
+        responses.append(torch.tensor(ids[: min(length, longest)]))
+    return responses
 
 
-def text_reward(spec, flag, tokenizer):
-    """The function of (prompts, responses) -> [N] float32 that "FILE.py:f" computes from their texts, which are decoded
-    without special tokens, responses with their leading space. Raises UserError."""
+def load_examples(tokenizer, end_ids, longest, columns, args):
+    """Held-out and training examples, pairs of a prompt and a list of its responses, and their CRC.
+
+    The rows have the columns prompt and `columns` (completion defaults to chosen), or chosen and
+    rejected alone, as in HH. Prompts of more than `longest` tokens are dropped. Raises UserError
+    for data in another form.
+    """
+    parts, held_out, crc = [], set(), 0
+    keys = ("prompt", *columns)
+    for name, split in zip(("held-out", "training"), load_splits(args)):
+        counts, rows, examples = Counter(), [], []
+        for row in split:
+            if "prompt" not in row and isinstance(row.get("chosen"), str):
+                row = split_dialogue(row)
+            row.setdefault("completion", row.get("chosen"))
+            texts = [row.get(key) for key in keys]
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError(f"--dataset {args.dataset} has no {keys}: run prepare_data.py")
+            if not all(texts):
+                counts["rows with an empty text or no common prompt dropped"] += 1
+            elif texts[0] in held_out:
+                counts["rows with a held-out prompt dropped"] += 1
+            elif args.dataset == "tldr" and not texts[0].startswith("SUBREDDIT"):
+                counts["news articles dropped"] += 1
+            else:
+                rows.append(texts)
+        held_out.update(texts[0] for texts in rows)
+        crc = zlib.crc32(repr(rows).encode(), crc)
+        prompts = encode_prompts(tokenizer, [texts[0] for texts in rows])
+        for prompt, texts in zip(prompts, rows):
+            if len(prompt) > longest:
+                counts[f"prompts of more than {longest} tokens dropped"] += 1
+            else:
+                group = encode_responses(
+                    tokenizer, texts[1:], end_ids, args.max_response_tokens, counts
+                )
+                examples.append((prompt, group))
+        PartialState().print(f"{name:13} {len(examples)} examples; {dict(+counts)}")
+        if not examples:
+            raise UserError(f"--dataset {args.dataset} has no {name} examples that can be used")
+        parts.append(examples)
+    return *parts, crc
+
+
+def prompt_length(example):
+    """Tokens in the prompt of an example, by which examples are sorted."""
+    return len(example[0])
+
+
+def load_function(spec):
+    """The function that "FILE.py:FUNCTION" names."""
     path, _, name = spec.rpartition(":")
-    sys.path.insert(0, str(Path(path).resolve().parent))
-    try:
-        function = runpy.run_path(path).get(name) if Path(path).is_file() else None
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{flag} {spec}: the file does not run ({error!r}).") from error
-    if not callable(function):
-        raise UserError(f"{flag} {spec}: expected FILE.py:FUNCTION; {'not found' if path else ':FUNCTION is missing'}.")
-
-    def checked(rows, found=None):
-        try:
-            found = function(*map(list, zip(*rows)))
-            with suppress(TypeError, ValueError, RuntimeError):  # of what is no number
-                values = torch.tensor(list(found), dtype=torch.float32)
-                if values.shape == (len(rows),) and values.isfinite().all():
-                    return values
-            count = getattr(found, "__len__", lambda: "no list")()
-            raise ValueError(f"expected {len(rows)} finite numbers, found {count}: {found!s:.60}")
-        except (Exception, SystemExit) as error:
-            for row in rows if len(rows) > 1 and (found is None or count == len(rows)) else ():  # which one is it?
-                checked([row])
-            where = "" if len(rows) > 1 else ", for the prompt {!r} and response {!r}".format(*rows[0])
-            raise RunError(f"{flag} {spec}: {error!r}{where}.") from error
-
-    def score(prompts, responses):
-        prompts = [x for x in prompts for _ in range(len(responses) // len(prompts))]
-        texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        whole = tokenizer.batch_decode([torch.cat(row) for row in zip(prompts, responses)], skip_special_tokens=True)
-        rows = [(x, y[len(x) :]) for x, y in zip(texts, whole)]
-        # By one process: if it draws random numbers, all still see the same rewards.
-        return broadcast_object_list([checked(rows) if PartialState().is_main_process else None])[0]
-
-    return score
+    if not Path(path).is_file():
+        raise UserError(f"{spec}: expected FILE.py:FUNCTION, found no file {path!r}")
+    sys.path.insert(0, str(Path(path).parent))  # for what it imports
+    functions = runpy.run_path(path)
+    if name not in functions:
+        raise UserError(f"{spec}: {path} has no function {name!r}")
+    return functions[name]
 
 
-def stored(accelerator, make, **inputs):
-    """make(), a dict of tensors, from runs/cache/HASH if it was made of the same inputs before; else it is put there.
-    inputs: what it depends on, models and lists of tensors as their fingerprints. Prints where it is, what is new."""
-    folder = Path("runs/cache") / hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-    file, part = folder / "store.pt", folder / "store.part"
-    if not file.is_file():
-        records = sorted(folder.parent.glob("*/inputs.json"), key=lambda path: path.stat().st_mtime)
-        last = json.loads(records[-1].read_text()) if records else {}
-        new = [key for key in inputs if last.get(key) != inputs[key]] if last else ["everything"]
-        print(f"store         {folder}: being made, new since the last one: {', '.join(new)}")
-        values = make()
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "inputs.json").write_text(json.dumps(inputs, indent=1))
-            torch.save(values, part)
-            part.rename(file)
-        accelerator.wait_for_everyone()
-    else:
-        print(f"store         {folder}: made before")
-    return torch.load(file)
-
-
-def fingerprint(tensors):
-    """A short text that changes with any bit of these tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest.update(str(tensor.shape).encode() + data.tobytes())
-    return digest.hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------- sample, log-probabilities, score
-class InplaceLayer(DynamicLayer):
-    """Keys and values of a layer in buffers with room for more; the library's layer copies them all at every token."""
-
-    def update(self, keys, values, *args, **kwargs):
-        if not self.is_initialized:  # the prompts: [B, heads, tokens, head size]; autocast leaves rotary keys float32
-            self.buffers = super().update(keys.to(values.dtype), values)
-            return self.buffers
-        start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
-        if len(self.keys) != len(self.buffers[0]) or end > self.buffers[0].shape[2]:  # other rows, or full
-            self.buffers = [F.pad(states, (0, 0, 0, 32)) for states in (self.keys, self.values)]
-        for buffer, states in zip(self.buffers, (keys, values)):
-            buffer[:, :, start:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values
-
-
-def before_stop(y, tokenizer, stop):
-    """The answer in a response y, which rewards and people read: y itself or, if a text of `stop` ended it, the tokens
-    before that, with EOS. Of a token that only begins before it the rest is tokenised anew."""
-    text = tokenizer.decode(y)
-    before = min((text.partition(end)[0] for end in stop), key=len)
-    if before == text:
-        return y
-    n = next(n for n in range(len(y), -1, -1) if before.startswith(tokenizer.decode(y[:n])))
-    rest = tokenizer(before.removeprefix(tokenizer.decode(y[:n])), add_special_tokens=False).input_ids
-    return torch.tensor([*y[:n].tolist(), *rest, tokenizer.eos_token_id])
-
-
-@torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # an outer scope: the inner ones share their bfloat16 copies of the weights
-def sample_responses(model, prompts, noise, temperature, end_ids, tokenizer=None, stop=()):
-    """K responses to each of B prompts, y ~ π(·|x) at this temperature with nothing cut off (no top-k, no top-p).
-    `noise`: N = B·K rows [T], the K of a prompt side by side: one random number a token, float64 in [0, 1), so that a
-    response depends on its own row alone. Returns N triples on the CPU: a response, its tokens up to and including one
-    of `end_ids` or the one that completes a text of `stop`; its log-probabilities, float32; its answer, before_stop."""
-    noise, ends, device = torch.stack([*noise]), torch.tensor(end_ids, device=model.device), model.device
-    (N, T), K, noise = noise.shape, len(noise) // len(prompts), noise.to(device)
-    input_ids = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)
-    mask = pad_sequence([torch.ones_like(x) for x in prompts], batch_first=True, padding_side="left").to(device)
-    stop = [*filter(None, stop)]
-    stopped = StopStringCriteria(tokenizer, stop) if stop else None
-    cache = DynamicCache(config=model.config)  # a layer with a sliding window, of another type, stays the library's
-    cache.layers = [InplaceLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    # A prompt is read once for its K samples. Learned positions (GPT-2) count from its first token, not the padding.
-    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "past_key_values": cache}
-    hidden = model.base_model(input_ids, **inputs).last_hidden_state
-    hidden, mask = (v.repeat_interleave(K, 0) for v in (hidden[:, -1:], mask))
-    cache.batch_repeat_interleave(K)
-    tokens, logprobs, lengths = input_ids.new_zeros(N, T), torch.zeros(N, T, device=device), input_ids.new_zeros(N)
-    rows, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # in work; not ended
-    for t in range(T):
-        probs = (model.get_output_embeddings()(hidden[:, -1].float()) / temperature).softmax(-1)  # [rows, V]
-        # The first token whose cumulative probability exceeds the noise; a float32 sum would lose rare tokens.
-        cdf = probs.double().cumsum(-1)
-        token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
-        tokens[rows, t], logprobs[rows, t] = token.squeeze(1), probs.gather(1, token).log().squeeze(1)
-        lengths[rows] += going
-        going &= ~torch.isin(token.squeeze(1), ends)
-        if stopped:
-            going &= ~stopped(tokens[rows, : t + 1], None)
-        if t % 4 == 3 and going.float().mean() < 0.75:  # finished rows leave, several at a time: the cache is copied
-            cache.batch_select_indices(going.nonzero().squeeze(1))
-            rows, token, mask, going = (v[going] for v in (rows, token, mask, going))
-        if t == T - 1 or len(rows) == 0:
-            break
-        mask = F.pad(mask, (0, 1), value=1)
-        inputs = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, "past_key_values": cache}
-        hidden = model.base_model(token, **inputs).last_hidden_state
-    found = [(y[:n].clone(), p[:n].clone()) for y, p, n in zip(tokens.cpu(), logprobs.cpu(), lengths.tolist())]
-    return [(y, p, before_stop(y, tokenizer, stop) if stop and y[-1] not in end_ids else y) for y, p in found]
-
-
-def response_hidden(model, prompts, responses):
-    """Last hidden states after 0, 1 … T tokens of each response, arbitrary beyond its end: [N, T + 1, D].
-    The K = N/B responses to a prompt share a row x y_1 … y_K, and x is read once: positions in y_k follow x, and y_k
-    sees x and itself. Rows are padded on the right, where causal attention never looks: K = 1 needs no mask at all."""
-    K, config, inputs = len(responses) // len(prompts), model.config, {"use_cache": False}
-    kinds = {config._attn_implementation, *(getattr(config, "layer_types", None) or ["full_attention"])}
-    if kinds != {"sdpa", "full_attention"} or getattr(config, "sliding_window", None):  # others take no mask of ours
-        prompts, K = [x for x in prompts for _ in range(K)], 1
-    rows = [[x, *responses[K * b : K * b + K]] for b, x in enumerate(prompts)]
-    input_ids = pad_sequence([torch.cat(row) for row in rows], batch_first=True).to(model.device)  # [B, L]
-    lengths = torch.tensor([[len(part) for part in row] for row in rows], device=model.device)  # [B, 1 + K]
-    starts = lengths.cumsum(1) - lengths
-    column, t = (torch.arange(n, device=model.device) for n in (input_ids.shape[1], lengths[:, 1:].max() + 1))
-    if K > 1:  # x of 3 tokens, y_1 and y_2 of 2: row x x x a a b b, part 0 0 0 1 1 2 2, positions 0 1 2 3 4 3 4
-        part = (column[:, None] >= starts[:, None, 1:]).sum(2)  # [B, L]: 0 in x, k in y_k
-        mask = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # [B, query, key]
-        shift = (starts - lengths[:, :1]).clamp(min=0).gather(1, part)
-        positions = (column - shift) * (column < lengths.sum(1, keepdim=True))
-        inputs |= {"attention_mask": mask[:, None], "position_ids": positions}
-    hidden = model.base_model(input_ids, **inputs).last_hidden_state  # [B, L, D]
-    columns = torch.where(t > 0, starts[:, 1:, None] + t, lengths[:, :1, None]) - 1  # [B, K, T + 1]
-    columns = columns.clamp(max=len(column) - 1).flatten(1)[:, :, None].expand(-1, -1, hidden.shape[2])
-    # Not hidden[rows, columns]: on a CPU its backward pass adds up in an order that differs from time to time.
-    return hidden.gather(1, columns).view(len(responses), -1, hidden.shape[2])
-
-
-def response_logprobs(model, prompts, responses, temperature, hidden=None):
-    """log π(y_t | x, y_<t) of every response token: [N, T] float32, 0 on padding; `hidden`: of response_hidden."""
-    hidden = response_hidden(model, prompts, responses) if hidden is None else hidden
-    head = model.get_output_embeddings()
-    hidden = torch.cat([states[: len(y)] for states, y in zip(hidden, responses)]).float()  # [n, D], of response tokens
-    tokens, nll = torch.cat(responses).to(hidden.device), partial(F.cross_entropy, reduction="none")
-    logits = head if temperature == 1 else lambda h: head(h) / temperature
-    # Logits of many tokens would fill the memory: without gradient, or from 5 parts of 7 million on (2^25 on a GPU),
-    # they are made part by part, and again in the backward pass.
-    count = len(tokens) * len(head.weight) // (2**25 if hidden.is_cuda else 7_000_000) + 1
-    if count < 5 and torch.is_grad_enabled():
-        losses = [nll(logits(hidden), tokens)]
-    else:
-        parts = zip(hidden.chunk(count), tokens.chunk(count))
-        losses = [checkpoint(lambda h, y: nll(logits(h), y), *part, use_reentrant=False) for part in parts]
-    return pad_sequence((-torch.cat(losses)).split([len(y) for y in responses]), batch_first=True)
-
-
-def response_kl(policy, reference, prompts, responses, temperature):
-    """[N, 2], sums over a response, nats: KL(π_θ ‖ π_ref) over the whole vocabulary; log π_θ(y) − log π_ref(y)."""
-    models, sums = (policy, reference), torch.zeros(len(responses), 2, dtype=torch.float64, device=policy.device)
-    hidden = [response_hidden(model, prompts, responses) for model in models]  # twice [N, T + 1, D]
-    for i, y in enumerate(responses):
-        logits = (model.get_output_embeddings()(states[i, : len(y)].float()) for model, states in zip(models, hidden))
-        logp, ref_logp = (F.log_softmax(part / temperature, dim=-1) for part in logits)  # [T, V]
-        sums[i, 0] = F.kl_div(ref_logp, logp, log_target=True, reduction="none").sum(1).clamp(min=0).double().sum()
-        sums[i, 1] = (logp - ref_logp).gather(1, y[:, None].to(policy.device)).double().sum()
-    return sums
-
-
-def response_scores(reward_model, prompts, responses):
-    """r(x, y), the reward model's output at the last token of each response: [N] float32."""
-    hidden = zip(response_hidden(reward_model, prompts, responses), responses)
-    return reward_model.score(torch.stack([states[len(y)] for states, y in hidden]).float()).squeeze(-1)
-
-
-@torch.no_grad()
-def in_batches(function, prompts, responses, batch_size=0):
-    """function(prompts, responses) -> a result for each response, in batches of like length shared out among processes,
-    without gradient. Every process returns all results, in the order of responses, on the CPU; tensors as one, [N, …],
-    padded with 0. batch_size: responses a call; 0 splits them evenly over the processes. Sampling, which has no
-    responses yet, gives its noise in their place."""
-    K, N, state, found = len(responses) // len(prompts), len(responses), PartialState(), []
-    lengths = torch.tensor([len(x) + sum(map(len, responses[K * b : K * b + K])) for b, x in enumerate(prompts)])
-    batches = lengths.argsort().split(max(1, (batch_size or math.ceil(N / state.num_processes)) // K))
-    for batch in batches[state.process_index :: state.num_processes]:
-        indices = [K * b + k for b in batch.tolist() for k in range(K)]
-        results = function([prompts[b] for b in batch], [responses[i] for i in indices])
-        found += zip(indices, [row.clone() for row in results.cpu()] if torch.is_tensor(results) else results)
-    rows = [row for _, row in sorted(gather_object(found))]  # by their numbers, all different
-    if torch.is_tensor(rows[0]):
-        return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+def decode_texts(tokenizer, prompts, responses):
+    """The texts of the B·K responses and of their prompts, without special tokens."""
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    rows = []
+    for prompt, group in zip(prompts, responses):
+        text = decode(prompt)
+        for response in group:
+            # Decoded alone, a response would lose its leading space with some tokenizers.
+            whole = decode(torch.cat([prompt, response]))
+            rows.append({"prompt": text, "response": whole[len(text) :]})
     return rows
 
 
-def evaluate(policy, reference, prompts, noise, judges, sft_rewards, settings, batch_size):
-    """Returns (point of the KL–reward frontier over B held-out prompts, docs/metrics.md; answers; their rewards [B]).
-    `judges`: {"reward", maybe "gold": f(prompts, answers)}; `sft_rewards` [B]: SFT's; `settings`: of sampling."""
-    responses, _, answers = zip(*in_batches(partial(sample_responses, policy, **settings), prompts, noise))
-    token_kl = partial(response_kl, policy, reference, temperature=settings["temperature"])
-    kl, lengths = in_batches(token_kl, prompts, responses, batch_size), torch.tensor([*map(len, responses)])
-    values = {"kl": kl[:, 0], "kl_k1": kl[:, 1], **{name: f(prompts, answers) for name, f in judges.items()}}
-    values |= {"length": lengths, "eos_rate": torch.tensor([y[-1] in settings["end_ids"] for y in answers])}
-    values["win_rate_vs_sft"] = (values["reward"] - sft_rewards).sign() / 2 + 0.5  # a tie is half a win
-    point = {name: value.double().mean().item() for name, value in values.items()}
-    errors = {f"{k}_se": v.double().std().item() / len(prompts) ** 0.5 for k, v in values.items() if len(prompts) > 1}
-    return point | errors, answers, values["reward"]
+def text_rewards(function, tokenizer, prompts, responses):
+    """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
+    rows = decode_texts(tokenizer, prompts, responses)
+    rewards = function([row["prompt"] for row in rows], [row["response"] for row in rows])
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    if rewards.shape != (len(rows),) or not rewards.isfinite().all():
+        raise UserError(f"the reward function returned {rewards}, not {len(rows)} finite numbers")
+    return rewards.view(len(prompts), -1)
 
 
-# ------------------------------------------------------------------------------------------ processes, checkpoints, run
-class Trained(torch.nn.Module):
-    """What is trained, a module whose forward is function(model, …): DDP, FSDP and DeepSpeed bring gradients together
-    in the forward of the module they wrap; calling the inner model's would skip that without a word."""
+def load_rewards(reward_name, tokenizer, device, args):
+    """{"reward": f, "gold": f}: functions f(prompts, responses) -> [B, K]; gold where it is known.
 
-    def __init__(self, model, function, *others):
-        super().__init__()
-        self.model, self.others, self.function = model, torch.nn.ModuleList(others), function
-        self._no_split_modules = model._no_split_modules
-
-    def forward(self, *inputs, model=None):
-        return self.function(model or self.model, *self.others, *inputs)
-
-
-@contextmanager
-def gathered(trained):
-    """Within it every process holds all weights, for forwards outside of training. FSDP alone splits them, and gathers
-    them by hooks of its own forward, which are off meanwhile; without FSDP it does nothing."""
-    parts = [part for part in trained.modules() if isinstance(part, FSDPModule)]
-    kept = [(hooks, dict(hooks)) for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
-    for part in parts:
-        part.unshard()
-    for hooks, _ in kept:
-        hooks.clear()
-    yield
-    for hooks, before in kept:
-        hooks.update(before)
-    for part in parts:
-        part.reshard()
+    Raises UserError for a reward model with other tokens or more than one output.
+    """
+    functions = {}
+    if args.reward_fn:
+        functions["reward"] = partial(text_rewards, load_function(args.reward_fn), tokenizer)
+    elif reward_name:
+        model = load_model(AutoModelForSequenceClassification, reward_name, device, args)
+        vocabulary = AutoTokenizer.from_pretrained(reward_name).get_vocab()
+        same = tokenizer.get_vocab().items() <= vocabulary.items()
+        if model.config.num_labels != 1 or not same:
+            raise UserError(f"{reward_name} must have one output and the policy's tokenizer")
+        score = partial(response_scores, model)
+        functions["reward"] = partial(in_batches, score, batch_size=args.micro_batch_size)
+    gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
+    if gold_fn:
+        functions["gold"] = partial(text_rewards, load_function(gold_fn), tokenizer)
+    return functions
 
 
-def check_finite(folder, update, tokenizer, prompts, responses, **values):
-    """Raises RunError where a value is not finite, after writing all of them, and the batch they are of, to the run's
-    folder. values: scalars, or a row for each prompt or each response."""
-    bad = {name: value for name, value in values.items() if not value.isfinite().all()}
-    if bad:
-        rows = sorted({i for v in bad.values() if v.ndim for i in (~v.isfinite()).nonzero()[:, 0].tolist()})
-        texts = {"prompts": tokenizer.batch_decode(prompts), "responses": tokenizer.batch_decode(responses)}
-        values = {name: value.tolist() for name, value in values.items()}
-        file = folder / f"bad_batch_{PartialState().process_index}.json"
-        file.write_text(json.dumps({"update": update, "rows": rows, **values, **texts}, indent=1))
-        where = f"in rows {rows} of the batch" if rows else "for the whole batch"
-        raise RunError(f"update {update}: {', '.join(bad)} not finite {where}, which is in {file}.")
+# ----------------------------------------------------------------- sampling and log-probabilities
+def generate_responses(model, prompts, end_ids, args):
+    """Sample a response to each prompt from the whole distribution: B lists of one response.
+
+    The library's `generate` is fast enough here, where little is sampled. Each call has the same
+    random numbers, so that policies are compared by their own differences.
+    """
+    torch.manual_seed(args.seed)
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ends = torch.tensor(end_ids)
+    own_config = model.generation_config
+    model.generation_config = GenerationConfig()  # the model's own may have penalties
+    responses = []
+    size = 4 * args.micro_batch_size  # without gradients
+    for i in range(0, len(prompts), size):
+        batch = prompts[i : i + size]
+        inputs = pad(batch).to(model.device)
+        mask = pad([torch.ones_like(prompt) for prompt in batch]).to(model.device)
+        output = model.generate(
+            inputs,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=args.temperature,
+            top_k=0,
+            max_new_tokens=args.max_response_tokens,
+            eos_token_id=end_ids,
+            pad_token_id=end_ids[0],
+        )
+        for row in output[:, inputs.shape[1] :].cpu():
+            length = torch.isin(row, ends).cumsum(0).eq(0).sum() + 1  # to the first end token
+            responses.append([row[:length]])
+    model.generation_config = own_config
+    return responses
 
 
-def open_run(accelerator, folder, args, **record):
-    """Make the run's folder, or go on in it. Returns `record | state of the last checkpoint`, None if it has ended.
-    Raises UserError, before anything is changed, where the folder, its run or its checkpoint does not fit."""
-    commit = subprocess.getoutput(f"git -C '{TINY.parent}' rev-parse HEAD 2> /dev/null")
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    record |= {"format": 1, **json.loads(json.dumps({"args": asdict(args)}))}
-    file, state, last = folder / "args.json", {}, max((folder / "checkpoint").glob("*[0-9]"), default=None)
-    taken = folder.is_dir() and any(path.name != "args.part" for path in folder.iterdir())
-    if taken and not file.is_file():
-        raise UserError(f"{folder} holds files already, and no run; pass another --output-dir.")
-    if taken and not args.overwrite:
-        where, wrong = file, None
-        try:
-            saved, where = json.loads(file.read_text()), last or file
-            state = torch.load(last / "state.pt") if last else {}
-            now, *before = ({**r, **r["args"]} for r in (record, saved, state or saved))
-            free = MAY_CHANGE - ({"num_updates"} if now.get("lr_schedule", "constant") != "constant" else set())
-            changed = {k: r.get(k) for r in before for k in now.keys() - free if (r.get(k) or None) != (now[k] or None)}
-            sizes = [(folder / name, size) for name, size in state.get("files", {}).items()]
-            ended = (folder / "model").is_dir() and saved["args"]["num_updates"] == args.num_updates
-            if changed:
-                wrong = f"is of a run with {', '.join(f'{k} {v!r} (now {now[k]!r})' for k, v in changed.items())}"
-            elif short := [path for path, size in sizes if not path.is_file() or path.stat().st_size < size]:
-                wrong = f"needs {short[0].name}, which is lost or was cut short"
-            elif args.num_updates < state.get("update", 0) and (args.num_updates or "prompts_per_update" in now):
-                wrong = f"has made {state['update']} updates, more than --num-updates {args.num_updates}"
-            elif not last and not ended and (folder / "model").is_dir():
-                wrong = "is of a run with a model and no checkpoint to go on from"
-            elif args.resume and last and not ended:
-                accelerator.load_state(last)
-        except Exception as error:
-            wrong = f"is damaged ({type(error).__name__}: {error})"
-        if wrong or not (ended or args.resume):
-            wrong = wrong or "is of a run that has not ended: --resume goes on with it"
-            raise UserError(f"{where} {wrong}. Pass --overwrite to replace the run, or another --output-dir.")
-        if ended:
-            print("ended         this run was made before (--overwrite makes it again)")
-            return None
-        print(f"resumed       {f'from {last}' if last else 'from the beginning, there is no checkpoint yet'}")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        ours = r"^model|\.jsonl$|tfevents|\.gone$" + ("" if state else "|^checkpoint|^bad_batch")
-        try:
-            for path in list(folder.iterdir()) if taken else ():
-                if path.name in state.get("files", {}):  # files that grow are cut back to the checkpoint
-                    os.truncate(path, state["files"][path.name])
-                elif re.search(ours, path.name):
-                    gone = path.rename(f"{path}.{time.time_ns()}.gone")  # at once: never taken for what it was
-                    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-            folder.mkdir(parents=True, exist_ok=True)
-            written = {**record, "versions": versions, "git_commit": commit}
-            (folder / "args.part").write_text(json.dumps(written, indent=1))
-            (folder / "args.part").rename(file)
-        except OSError as error:
-            raise UserError(f"--output-dir {folder}: nothing can be written there ({error}).") from error
-    accelerator.wait_for_everyone()
-    return record | state
+def head_logits(model, hidden, temperature):
+    """Logits [..., V] of hidden states [..., D], in float32 also under autocast."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return model.get_output_embeddings()(hidden.float()) / temperature
 
 
-def open_writer(folder, args, run, *measures):
-    """TensorBoard's writer, of the main process; a new run's settings go to its HPARAMS tab, beside these measures.
-    With --track Weights & Biases gets all of it too (WANDB_MODE=offline keeps it in the run's folder)."""
+def response_hidden(model, prompts, responses):
+    """Last hidden states of responses: B·K tensors [T + 1, D].
+
+    State t predicts token t of the response; the last state is that of its last token. The K
+    responses to a prompt share one row, so that the prompt is read once. The prompt's last token z
+    predicts the first token of a response, so each response starts with a copy of z. A response
+    sees the prompt and itself, and its positions continue those of the prompt:
+
+        row        x x z a a z b b
+        segment    0 0 1 1 1 2 2 2
+        position   0 1 2 3 4 2 3 4
+    """
+    rows, segments, positions, sizes = [], [], [], []
+    for x, group in zip(prompts, responses):
+        parts = [x[:-1]] + [torch.cat([x[-1:], y]) for y in group]
+        size = [len(part) for part in parts]
+        position = torch.cat([torch.arange(n) for n in size])
+        position[size[0] :] += size[0]
+        rows.append(torch.cat(parts))
+        segments.append(torch.repeat_interleave(torch.tensor(size)))
+        positions.append(position)
+        sizes.append(size)
+    pad = partial(pad_sequence, batch_first=True)
+    segment = pad(segments).to(model.device)  # [B, L]
+    # A query sees earlier keys of the prompt and of its own response. Padding comes last.
+    mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
+    output = model.base_model(
+        pad(rows).to(model.device),
+        attention_mask=mask.tril()[:, None],  # [B, 1, query, key]
+        position_ids=pad(positions).to(model.device),
+        use_cache=False,
+    )
+    hidden = []
+    for states, size in zip(output.last_hidden_state, sizes):
+        hidden += states[: sum(size)].split(size)[1:]
+    return hidden
+
+
+def response_logps(model, prompts, responses, temperature):
+    """log π(y | x) of each response, the sum over its tokens: [B, K] float64."""
+    hidden = response_hidden(model, prompts, responses)
+    hidden = torch.cat([states[:-1] for states in hidden])  # [tokens, D]
+    targets = [y for group in responses for y in group]
+
+    def token_logprobs(hidden, targets):
+        return -F.cross_entropy(head_logits(model, hidden, temperature), targets, reduction="none")
+
+    # Logits of 128 tokens at a time fit a CPU's cache. Those of many tokens are made again in
+    # the backward pass, so that a tensor [B, K, T, V] never exists.
+    if len(hidden) > 1024:
+        token_logprobs = partial(checkpoint, token_logprobs, use_reentrant=False)
+    parts = map(token_logprobs, hidden.split(128), torch.cat(targets).to(hidden.device).split(128))
+    logprobs = torch.cat(list(parts)).split([len(y) for y in targets])
+    return torch.stack([row.double().sum() for row in logprobs]).view(len(prompts), -1)
+
+
+def response_scores(reward_model, prompts, responses):
+    """Reward model scores at the last token of each response: [B, K] float32."""
+    hidden = response_hidden(reward_model, prompts, responses)
+    last = torch.stack([states[-1] for states in hidden]).float()  # [B·K, D]
+    with torch.autocast(last.device.type, enabled=False):
+        return reward_model.score(last).view(len(prompts), -1)
+
+
+def in_batches(function, *columns, batch_size):
+    """Apply a function to slices of rows, and join the B results (as a tensor of tensors)."""
+    results = []
+    for start in range(0, len(columns[0]), batch_size):
+        results += function(*(column[start : start + batch_size] for column in columns))
+    return torch.stack(results) if torch.is_tensor(results[0]) else results
+
+
+# -------------------------------------------------------------------------------------- training
+def lr_factor(step, args):
+    """What --learning-rate is multiplied with at a step, counted from 0."""
+    if step < args.warmup_updates:
+        return (step + 1) / args.warmup_updates
+    done = (step - args.warmup_updates) / (args.num_updates - args.warmup_updates)
+    factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return factors[args.lr_schedule]
+
+
+def clip_gradients(accelerator, model, max_norm):
+    """Average the gradients over the processes and clip them. Returns the norm before clipping."""
+    for weight in model.parameters():
+        if accelerator.num_processes > 1 and weight.grad is not None:
+            weight.grad = accelerator.reduce(weight.grad, "mean")
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or torch.inf)
+    if not norm.isfinite():
+        raise UserError(f"the gradient norm is {norm}: try a lower --learning-rate")
+    return norm
+
+
+# ------------------------------------------------------------------------------------ run folder
+def find_checkpoint(folder, record, args):
+    """The checkpoint to resume from, or None to start from scratch. Writes nothing.
+
+    Raises UserError if the folder holds anything but a run, or a run with other settings.
+    """
+    file = folder / "args.json"
+    saved = json.loads(file.read_text()) if file.is_file() else {}
+    if "script" not in saved and any(folder.glob("*")):
+        raise UserError(f"{folder} is not empty and not a run: pass another --output-dir")
+    if not saved or args.overwrite:
+        return None
+    if not args.resume:
+        raise UserError(f"{folder} holds a run: pass --resume, --overwrite or --output-dir")
+    for key, value in json.loads(json.dumps(record)).items():  # tuples become lists
+        if key not in MAY_CHANGE and saved.get(key) != value:
+            raise UserError(f"{folder} is a run with {key} {saved.get(key)}, not {value}")
+    return max(folder.glob(f"{CHECKPOINT}.pt"), default=None)
+
+
+def start_run(accelerator, folder, record, state, args):
+    """Open the run folder: remove an earlier run, or cut its logs to those of the checkpoint."""
+    if "log_sizes" not in state:
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        for pattern in (*LOGS, "events.out.tfevents.*", f"{CHECKPOINT}.p*t"):
+            for path in folder.glob(pattern):
+                path.unlink()
+    else:
+        for name, size in state["log_sizes"].items():
+            os.truncate(folder / name, size)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "args.json").write_text(json.dumps(record, indent=2))
     if args.track:
         import wandb  # optional
 
-        project = os.environ.get("WANDB_PROJECT", "p3o")
-        wandb.init(project=project, name=str(folder), dir=folder, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(folder)
-    settings = {key: v if type(v) in (int, float) else str(v) for key, v in vars(args).items()}
-    for summary in hparams(settings, dict.fromkeys(measures, 0)) if "update" not in run else ():
-        writer.file_writer.add_summary(summary)
-    return writer
+        wandb.init(project="p3o", name=str(folder), config=record, sync_tensorboard=True)
+    # What was logged after the checkpoint is dropped.
+    accelerator.init_trackers(
+        folder.name, init_kwargs={"tensorboard": {"purge_step": state["update"] + 1}}
+    )
 
 
-def save_checkpoint(accelerator, folder, writer, state):
-    """All that a resume needs, in folder/checkpoint/UPDATE; the one before goes when this is whole. Raises RunError."""
-    new = folder / f"checkpoint/{state['update']:08}"
-    part, main = new.with_suffix(".part"), accelerator.is_main_process
-    try:
-        accelerator.save_state(part, safe_serialization=False)
-        if main:
-            writer.flush()
-            files = [*folder.glob("*.jsonl"), *folder.glob("*tfevents*")]
-            torch.save({**state, "files": {file.name: file.stat().st_size for file in files}}, part / "state.pt")
-        accelerator.wait_for_everyone()
-        if main:
-            part.rename(new)
-            for other in {*new.parent.iterdir()} - {new}:
-                shutil.rmtree(other, ignore_errors=True)
-    except Exception as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise RunError(f"{new} could not be written; is the disk full? ({type(error).__name__}: {error})") from error
+def save_checkpoint(folder, model, optimizer, state):
+    """Save everything that a resumed run needs, then remove the previous checkpoint."""
+    new = folder / f"checkpoint-{state['update']:06}.pt"
+    part = new.with_suffix(".part")
+    content = {
+        **state,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "log_sizes": {name: (folder / name).stat().st_size for name in LOGS},
+    }
+    torch.save(content, part)
+    part.rename(new)  # a checkpoint is never half written
+    for old in set(folder.glob(f"{CHECKPOINT}.p*t")) - {new}:  # .pt and .part
+        old.unlink()
 
 
-def save_model(accelerator, trained, auto_class, tokenizer, folder, args, inputs):
-    """The model in folder/model, plain files of transformers, put there once they are whole and, loaded again, give the
-    same (to 1e-5 relative) as `trained` does of `inputs`. Raises RunError."""
-    part, weights, inner = folder / "model.part", accelerator.get_state_dict(trained), accelerator.unwrap_model(trained)
-    with torch.no_grad(), gathered(inner):
-        expected = inner(*inputs)
-        if accelerator.is_main_process:
-            try:
-                weights = {name[6:]: weight.float() for name, weight in weights.items() if name[:6] == "model."}
-                inner.model.save_pretrained(part, state_dict=weights)
-                tokenizer.save_pretrained(part)
-                files = [folder / "args.json", *folder.glob("evaluations.jsonl"), *folder.glob("frontier.jsonl")]
-                card = "".join(f"\n{file.name}\n```\n{file.read_text()}\n```\n" for file in files)
-                (part / "README.md").write_text(
-                    f"---\nlibrary_name: transformers\n---\n# {short_name(args.model)}, trained by {NAME}.py\n{card}"
-                )
-                found = inner(*inputs, model=load_model(auto_class, part, "--output-dir", inner.model.device, args))
-            except Exception as error:
-                raise RunError(f"{part} could not be written ({type(error).__name__}: {error}).") from error
-            if not (found - expected).abs().max() <= 1e-5 * expected.abs().max():
-                raise RunError(f"{part}, loaded again, computes other numbers: {found} instead of {expected}.")
-            part.rename(folder / "model")
-    accelerator.wait_for_everyone()
-    print(f"saved in      {folder}/model, for {auto_class.__name__}.from_pretrained")
-
-
-def log(file, writer, step, values):
-    """Append a line to a .jsonl file of the run, and its values, without standard errors, to TensorBoard."""
-    if writer:
+def log(accelerator, file, update, values, prefix=""):
+    """Append a line to a .jsonl file of the run, and add the values to TensorBoard."""
+    values = {key: float(value) for key, value in values.items()}
+    if accelerator.is_main_process:
         with open(file, "a") as stream:
-            stream.write(json.dumps({"step": step, **values}) + "\n")
-        for key, value in values.items():
-            if not isinstance(value, list) and not key.endswith("_se"):
-                writer.add_scalar(f"eval/{key}" if file.stem == "frontier" else key, value, step)
-        if columns := {key: value for key, value in values.items() if isinstance(value, list)}:
-            rows = [[*columns], ["---"] * len(columns), *zip(*columns.values())]
-            rows = [[f"{x:.2f}" if isinstance(x, float) else x.replace("|", r"\|") for x in row] for row in rows]
-            writer.add_text(file.stem, "\n".join(" | ".join(" ".join(x.split()) for x in row) for row in rows), step)
+            stream.write(json.dumps({"step": update, **values}) + "\n")
+    accelerator.log({prefix + key: value for key, value in values.items()}, step=update)
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+def log_evaluation(accelerator, folder, update, values, samples):
+    """Log and print means and standard errors over held-out prompts, and samples.
+
+    values: {name: [n, 1]} and samples: n dicts, of the prompts of this process
+    """
+    point = {}
+    for name, value in values.items():
+        value = accelerator.gather(value.to(accelerator.device).double())
+        point[name] = value.mean()
+        point[f"{name}_se"] = value.std(correction=0) / len(value) ** 0.5
+    log(accelerator, folder / "frontier.jsonl", update, point, prefix="eval/")
+    samples = gather_object(samples)
+    means = [f"{name} {point[name]:.3g}" for name in values]
+    lines = [f"update {update}: {', '.join(means)}"]
+    lines += [f"    {key:12} {value!r}" for key, value in samples[update % len(samples)].items()]
+    accelerator.log({"sample": "\n\n".join(lines)}, step=update)
+    if accelerator.is_main_process:
+        tqdm.write("\n".join(lines))
+        with open(folder / "samples.jsonl", "a") as stream:
+            stream.writelines(json.dumps({"step": update, **row}) + "\n" for row in samples)
+
+
+# ------------------------------------------------------------------------------------------ main
 def main(args):
-    # ------------------------------------------------------------------------- policy, pairs
-    accelerator = set_up(args)
-    policy_path = find_stage("sft", args.model, args.dataset) or args.model
-    policy = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args, train=True)
-    tokenizer, end_ids = load_tokenizer(policy_path, policy, args)
-    reward_path = args.reward_fn or args.reward_model or find_stage("reward_model", args.model, args.dataset)
-    gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
-    why = "no SFT run for it" if policy_path == args.model else f"for --model {args.model}"
-    print(f"policy        {policy_path} ({why}); the reference is the same, frozen")
-    print(f"reward        {reward_path or 'none, nothing is sampled'}, for evaluation (--reward-model, --reward-fn)")
-    print(f"dataset       {args.dataset} (--dataset changes it)" + f"; {args.stop} ends a response" * any(args.stop))
-    with accelerator.local_main_process_first():  # one process of a machine fills the cache of datasets
-        rows, eval_rows = load_rows(tokenizer, end_ids, args, ("chosen", "rejected"))
-    prompts, responses = [row["prompt"] for row in rows], [row[y] for row in rows for y in ("chosen", "rejected")]
-    eval_prompts = [torch.tensor(x) for x in dict.fromkeys(tuple(row["prompt"].tolist()) for row in eval_rows)]
-    eval_rows, eval_prompts = eval_rows[: args.eval_prompts], eval_prompts[: args.eval_prompts]
-    eval_pairs = [row["prompt"] for row in eval_rows], [row[y] for row in eval_rows for y in ("chosen", "rejected")]
-    if args.dry_run:
-        return show_rows(tokenizer, [[*row.values()] for row in rows], [policy])
+    is_tiny = args.model == "tiny"
+    args.dataset = args.dataset or ("tiny" if is_tiny else "tldr")
+    args.learning_rate = args.learning_rate or (1e-4 if is_tiny else 1e-6)
+    on_cpu = not torch.cuda.is_available()
+    if args.dtype == "auto":
+        args.dtype = "float32" if on_cpu else "bfloat16"
+    folder = Path(args.output_dir or stage_folder(SCRIPT, args))
+    accelerator = Accelerator(cpu=on_cpu, log_with="tensorboard", project_dir=folder.parent)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    rank, world = accelerator.process_index, accelerator.num_processes
+    check_numbers(args)
+    if args.minibatch_size % world:
+        raise UserError(f"--minibatch-size must be a multiple of the {world} processes")
 
-    # ------------------------------------------------------------------------- reference, reward
-    def load_judges():
-        """The reference and the functions that score responses, in memory only while they are needed."""
-        reference = load_model(AutoModelForCausalLM, policy_path, "--model", accelerator.device, args)
-        judges = {}
-        if args.reward_fn:
-            judges["reward"] = text_reward(args.reward_fn, "--reward-fn", tokenizer)
-        elif reward_path:
-            classifier = partial(load_model, AutoModelForSequenceClassification)
-            reward_model = classifier(reward_path, "--reward-model", accelerator.device, args)
-            options = {"trust_remote_code": args.trust_remote_code}
-            own = fetch("tokenizer", reward_path, "--reward-model", AutoTokenizer.from_pretrained, **options)
-            same = not own("Hi").input_ids or tokenizer.get_vocab().items() <= own.get_vocab().items()
-            found = reward_model.config.num_labels, reward_model.get_input_embeddings().num_embeddings
-            if found[0] != 1 or found[1] < len(tokenizer) or not hasattr(reward_model, "score") or not same:
-                wanted = f"expected a score and the policy's {len(tokenizer)} tokens, found {found[0]} and {found[1]}"
-                raise UserError(f"--reward-model {reward_path}: {wanted}{' others' * (not same)}; see docs/recipes.md.")
-            judges["reward"] = partial(in_batches, partial(response_scores, reward_model), batch_size=max_rows)
-        return reference, judges | ({"gold": text_reward(gold_fn, "--gold-fn", tokenizer)} if gold_fn else {})
+    # Run folder
+    policy_name = find_model("sft", args)
+    reward_name = args.reward_fn or args.reward_model or find_model("reward_model", args)
+    record = {"script": SCRIPT, "policy": policy_name, "reward": reward_name, **asdict(args)}
+    saved = find_checkpoint(folder, record, args)
+    accelerator.print(
+        f"policy        {policy_name}, also the reference\n"
+        f"reward        {reward_name or 'none'}, for evaluation only\n"
+        f"dataset       {args.dataset}\n"
+        f"learning rate {args.learning_rate:g}\n"
+        f"run folder    {folder}{', resumed' if saved else ''}"
+    )
 
-    def logps_of(model, *inputs):
-        logprobs = in_batches(partial(response_logprobs, model, temperature=args.temperature), *inputs, max_rows)
-        return logprobs.double().sum(1).view(-1, 2)  # [n, 2]
+    # Policy, reference, rewards and pairs
+    policy = load_model(AutoModelForCausalLM, policy_name, device, args, trainable=True)
+    reference = load_model(AutoModelForCausalLM, policy_name, device, args)
+    tokenizer, end_ids = load_tokenizer(policy_name, policy)
+    reward_fns = load_rewards(reward_name, tokenizer, device, args)
+    max_positions = getattr(policy.config, "max_position_embeddings", sys.maxsize)
+    longest = min(args.max_prompt_tokens, max_positions - args.max_response_tokens)
+    eval_examples, examples, data_crc = load_examples(
+        tokenizer, end_ids, longest, ("chosen", "rejected"), args
+    )
+    examples.sort(key=prompt_length)  # batches of like length have less padding
+    # One pair of each held-out prompt
+    eval_examples = list({tuple(x.tolist()): (x, pair) for x, pair in eval_examples}.values())
+    eval_size = min(args.eval_prompts, len(eval_examples)) // world * world
+    eval_examples = sorted(eval_examples[:eval_size], key=prompt_length)[rank::world]
+    eval_prompts = [x for x, _ in eval_examples]
+    N = len(examples)
+    epoch_updates = math.ceil(N / args.minibatch_size)
+    args.num_updates = args.num_updates or args.data_epochs * epoch_updates
 
-    def make_store():
-        return {"train": logps_of(reference, prompts, responses), "eval": logps_of(reference, *eval_pairs)}
+    # Optimizer, and where to start
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        args.learning_rate,
+        args.adam_betas,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    state = {"update": 0, "data_crc": data_crc}
+    if saved:
+        state = torch.load(saved, map_location="cpu")
+        if state["data_crc"] != data_crc:
+            raise UserError(f"--dataset {args.dataset} has changed since {saved}")
+        policy.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    accelerator.wait_for_everyone()  # all have read the folder, which changes now
+    if is_main:
+        start_run(accelerator, folder, record, state, args)
 
-    max_rows, T = args.micro_batch_size, args.max_response_tokens
-    settings = {"temperature": args.temperature, "end_ids": end_ids, "tokenizer": tokenizer, "stop": args.stop}
-    reference, judges = load_judges()
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, args.dtype == "bfloat16")
 
-    # ------------------------------------------------------------------------- optimiser, run folder
-    epochs = args.data_epochs or 1
-    num_updates = min(args.num_updates or math.inf, epochs * math.ceil(len(rows) / args.minibatch_size))
-    args.learning_rate = lr = args.learning_rate or (1e-4 if args.model == "tiny" else 1e-6)
-    print(f"training      {num_updates} updates, learning rate {lr:g} (--num-updates, --data-epochs, --learning-rate)")
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, args.adam_betas, weight_decay=args.weight_decay, fused=True)
-    schedule = args.lr_schedule.replace("constant", "constant_with_warmup")
-    scheduler = transformers.get_scheduler(schedule, optimizer, args.warmup_updates, num_updates)
-    trained, optimizer = accelerator.prepare(Trained(policy, response_logprobs), optimizer)
-    base = "tiny" if args.model == "tiny" else short_name(args.model)
-    folder = Path(args.output_dir or f"runs/{NAME}/{short_name(args.dataset)}/{base}")
-    print(f"run folder    {folder} (--output-dir changes it)")
-    run = open_run(accelerator, folder, args, script=NAME, base_name=base, policy=policy_path, reward=reward_path)
-    if run is None:
-        return json.loads((folder / "frontier.jsonl").read_text().splitlines()[-1])
-    writer = open_writer(folder, args, run, "eval/reward", "eval/kl") if accelerator.is_main_process else None
-    order = torch.Generator().manual_seed(args.seed)
+    def logps_of(model, examples):
+        """log π(y|x) of the responses of examples under a model, [N, K] float64."""
+        function = partial(response_logps, model, temperature=args.temperature)
+        return in_batches(function, *zip(*examples), batch_size=args.micro_batch_size)
 
-    # ------------------------------------------------------------------------- what the reference says, once
-    config = {k: v for k, v in json.loads(reference.config.to_json_string()).items() if k != "_name_or_path"}
-    inputs = {"reference": fingerprint(reference.state_dict().values()), "config": config, "format": 1}
-    inputs |= {"device": policy.device.type, "dtype": args.dtype, "temperature": args.temperature}
-    inputs |= {"rows": fingerprint([*prompts, *responses]), "eval_rows": fingerprint([*eval_pairs[0], *eval_pairs[1]])}
-    ref_logps, eval_ref_logps = stored(accelerator, make_store, kind="log-probabilities of pairs", **inputs).values()
-    generator = torch.Generator().manual_seed(args.seed)
-    sft_noise, eval_noise = torch.rand(2, len(eval_prompts), T, dtype=torch.float64, generator=generator)
-    if reward_path:
-        sample = partial(sample_responses, reference, **settings)
-        _, _, sft_answers = zip(*in_batches(sample, eval_prompts, sft_noise))
-        sft_rewards = judges["reward"](eval_prompts, sft_answers)
-    reference = judges = sample = None  # out of memory while training
-    gc.collect()
+    def answer(model):
+        """Responses of a model to the held-out prompts, their rewards, and all as text."""
+        responses = generate_responses(model, eval_prompts, end_ids, args)
+        rewards = {name: function(eval_prompts, responses) for name, function in reward_fns.items()}
+        return responses, rewards, decode_texts(tokenizer, eval_prompts, responses)
 
-    # ------------------------------------------------------------------------- training
-    lengths = torch.tensor([sum(map(len, row.values())) for row in rows])
-    options = (args.beta, args.label_smoothing)
-    start, queue = run.get("update", 0), run.get("queue", [])
-    order.set_state(run.get("order", order.get_state()))
-    scheduler.load_state_dict(run.get("scheduler", scheduler.state_dict()))
-    processes, rank, caught = accelerator.num_processes, accelerator.process_index, []
+    # What the reference says of all pairs, which a resumed run finds again, and its responses
+    file = folder / "reference.pt"
+    with torch.no_grad(), autocast():
+        if saved:
+            ref_logps = torch.load(file)
+        else:
+            with accelerator.split_between_processes(examples) as share:
+                share_logps = list(logps_of(reference, share).cpu())
+            ref_logps = torch.stack(gather_object(share_logps))  # [N, 2]
+        eval_ref_logps = logps_of(reference, eval_examples)
+        _, sft_rewards, sft_samples = answer(reference)
+    if is_main:
+        torch.save(ref_logps, file)
 
-    def stop_later(number, frame):  # the third at once: launchers pass each on a second time
-        if len(caught) > 1:
-            signal.default_int_handler(number, frame)
-        caught.append(number)
-        with suppress(OSError):  # of a terminal that is gone
-            os.write(2, b"\nstopping after this update\n")
+    @torch.no_grad()
+    @autocast()
+    def evaluate(update):
+        """Log a point of the KL-reward frontier, from one response to each held-out prompt."""
+        reference.to(device)
+        responses, rewards, samples = answer(policy)
+        answers = list(zip(eval_prompts, responses))
+        values = {"kl": logps_of(policy, answers) - logps_of(reference, answers), **rewards}
+        reference.to("cpu")  # not needed while training
+        if reward_name:  # a tie counts as half
+            values["win_rate_vs_sft"] = (rewards["reward"] - sft_rewards["reward"]).sign() / 2 + 0.5
+        values["length"] = torch.tensor([len(y) for [y] in responses])
+        values["eos_rate"] = torch.tensor([y[-1] in end_ids for [y] in responses])
+        h = logps_of(policy, eval_examples) - eval_ref_logps  # [N, 2], of chosen and rejected
+        values["accuracy"] = 0.5 - h.diff().sign() / 2  # 1 where h_w > h_l, ½ at a tie
+        for row, sft_row in zip(samples, sft_samples):
+            row["sft_response"] = sft_row["response"]
+        log_evaluation(accelerator, folder, update, values, samples)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_later)
-    progress = tqdm(total=num_updates, initial=start, desc=NAME, unit="update", disable=writer is None)
-    for update in range(start, num_updates + 1):  # the last round only saves and evaluates
-        # 0. Every so often save what a resume needs, and evaluate on held-out pairs and prompts.
-        halt = gather_object(caught)
-        if update > start and (halt or update == num_updates or args.save_every and update % args.save_every == 0):
-            state = {"update": update, "queue": queue, "order": order.get_state(), "scheduler": scheduler.state_dict()}
-            save_checkpoint(accelerator, folder, writer, run | state)
-        if halt:
-            print(f"\nstopped after {update} updates: the same command with --resume goes on", file=sys.stderr)
-            sys.exit(128 + halt[0])
-        if update in (0, num_updates) or args.eval_every and update % args.eval_every == 0:
-            with gathered(trained):
-                logps = logps_of(policy, *eval_pairs)
-            _, metrics = preference_loss(*logps.T, *eval_ref_logps.T, *options)
-            point = {key: value.item() for key, value in metrics.items()}
-            if reward_path:
-                try:
-                    reference, judges = load_judges()
-                except UserError as error:  # the run has begun
-                    raise RunError(str(error)) from error
-                evaluation = (eval_prompts, eval_noise, judges, sft_rewards, settings, max_rows)
-                with gathered(trained):
-                    frontier, answers, rewards = evaluate(policy, reference, *evaluation)
-                del reference, judges, evaluation
-                gc.collect()  # autocast's wrapper makes a model a cycle
-                point = frontier | point
-                columns = {"prompts": eval_prompts, "sft_responses": sft_answers, "responses": answers}
-                texts = {key: tokenizer.batch_decode(ids, skip_special_tokens=True) for key, ids in columns.items()}
-                log(folder / "samples.jsonl", writer, update, {**texts, "rewards": rewards.tolist()})
-                shown = [" ".join(column[update % len(eval_prompts)].split()) for column in texts.values()]
-            log(folder / "frontier.jsonl", writer, update, point)
-            means = ", ".join(f"{k} {v:.3g}" for k, v in point.items() if k[-3:] != "_se" and k[:6] != "policy")
-            tqdm.write(f"\nafter {update} updates: {means}")
-            if reward_path:
-                tqdm.write("   prompt {}\n   before {}\n   now    {}".format(*shown))
-        if update == num_updates:
-            break
+    if not saved:
+        evaluate(0)
+    total = args.num_updates * args.minibatch_size
+    torch.manual_seed(args.seed)
+    passes = [torch.randperm(N) for _ in range(total // N + 1)]
+    batches = torch.cat(passes)[:total].split(args.minibatch_size)
+    updates = range(state["update"] + 1, args.num_updates + 1)
+    progress = tqdm(updates, disable=None if is_main else True)  # None: on a terminal only
+    for update in progress:
+        start = time.perf_counter()
+        state["update"] = update
 
-        # 1. One optimizer step on a minibatch, in micro-batches of pairs of like length.
-        clock = time.perf_counter()
-        if not queue:
-            queue = list(torch.randperm(len(rows), generator=order).split(args.minibatch_size))
-        minibatch = queue.pop(0)
-        shares = [minibatch[lengths[minibatch].argsort()][p::processes] for p in range(processes)]
-        size = max(1, max_rows // 2)
-        own = [part for part in shares[rank].split(size) if len(part)]
-        micros = [*own, minibatch[:1]][: math.ceil(len(shares[0]) / size)]  # as many in all, for FSDP: a filler
-        stats, all_logps = Counter(), []
-        for micro in micros:
-            accelerator.sync_gradients = micro is micros[-1]  # gradients cross processes once, with the last
-            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(trained):
-                inputs = [prompts[i] for i in micro], [responses[2 * i + k] for i in micro for k in (0, 1)]
-                logps = trained(*inputs, args.temperature).double().sum(1).view(-1, 2)  # [n, 2]: chosen, rejected
-                loss, metrics = preference_loss(*logps.T, *ref_logps[micro].to(logps.device).T, *options)
-                # The loss is a mean over the whole minibatch, in which a filler row counts 0.
-                share = len(micro) / len(minibatch) * (len(all_logps) < len(own))
-                accelerator.backward(loss * share * processes)  # gradients: mean over the processes
-            all_logps.append(logps.detach())
-            stats.update({key: value.item() * share for key, value in metrics.items()})
-        mine, parts = torch.cat(micros), gather_object([stats])
-        stats = {key: sum(part[key] for part in parts) for key in stats}
-        grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained.parameters(), args.max_grad_norm or math.inf))
-        values = {"logps": torch.cat(all_logps), "loss": torch.tensor(stats["policy/loss"]), "gradient": grad_norm}
-        inputs = [prompts[i] for i in mine], [responses[2 * i + k] for i in mine for k in (0, 1)]
-        check_finite(folder, update + 1, tokenizer, *inputs, **values)
-        lr = scheduler.get_last_lr()[0]
+        # 1. One optimizer step on a minibatch, cut into micro-batches of pairs of like length
+        minibatch = batches[update - 1][rank::world].sort(descending=True).values
+        stats = []
+        for micro in minibatch.split(args.micro_batch_size):
+            with autocast():
+                logps = logps_of(policy, [examples[i] for i in micro])  # [B, 2]
+            loss, metrics = preference_loss(
+                *logps.T, *ref_logps[micro].to(device).T, args.beta, args.label_smoothing
+            )
+            (loss * len(micro) / len(minibatch)).backward()
+            stats.append(metrics)
+        grad_norm = clip_gradients(accelerator, policy, args.max_grad_norm)
+        lr = args.learning_rate * lr_factor(update - 1, args)
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        scheduler.step()
 
-        # 2. Log.
-        seconds = time.perf_counter() - clock
-        metrics = {**stats, "grad_norm": grad_norm.item(), "lr": lr, "time/update": seconds}
-        metrics |= {"samples_per_second": len(minibatch) / seconds}
-        log(folder / "metrics.jsonl", writer, update + 1, metrics)
-        shown_metrics = {"loss": f"{stats['policy/loss']:.3f}", "accuracy": f"{stats['rewards/accuracies']:.2f}"}
-        progress.set_postfix(shown_metrics | {"pairs/s": f"{len(minibatch) / seconds:.0f}"})
-        progress.update()
-    progress.close()
-    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-        signal.signal(number, usual)
-    inputs = eval_pairs[0][:4], eval_pairs[1][:8], args.temperature
-    save_model(accelerator, trained, AutoModelForCausalLM, tokenizer, folder, args, inputs)
-    return point
+        # 2. Log, evaluate, and save a checkpoint
+        metrics = {key: torch.stack([row[key] for row in stats]).mean() for key in stats[0]}
+        metrics["grad_norm"] = grad_norm
+        metrics = accelerator.reduce(metrics, "mean")
+        metrics["lr"] = lr
+        metrics["time/update"] = time.perf_counter() - start
+        log(accelerator, folder / "metrics.jsonl", update, metrics)
+        progress.set_postfix_str(
+            f"loss {metrics['policy/loss']:.3f}, accuracy {metrics['rewards/accuracies']:.2f}"
+        )
+        is_last = update == args.num_updates
+        if is_last or args.eval_every and update % args.eval_every == 0:
+            evaluate(update)
+        if is_main and (is_last or args.save_every and update % args.save_every == 0):
+            save_checkpoint(folder, policy, optimizer, state)
+
+    accelerator.end_training()
+    if is_main:
+        policy.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
 
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    threading.excepthook = lambda _: None  # of TensorBoard's thread, whose error the next write to it raises again
-    parse = partial(tyro.cli, Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    args = parse()
     try:
-        if args.config:  # the flags of that run, then these
-            run = fetch("run", args.config, "--config", lambda file: json.load(open(file))["args"].items())
-            run = {k: v for k, v in run if k not in ("config", "resume", "overwrite", "output_dir") and v is not False}
-            run = {k.replace("_", "-"): v if isinstance(v, list) else [v] * (v is not True) for k, v in run.items()}
-            args = parse(args=[*(str(x) for k, v in run.items() for x in (f"--{k}", *v)), *sys.argv[1:]])
-        main(args)
-    except (UserError, RunError, OSError, ImportError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        if args.debug:
-            raise
-        codes = {UserError: 2, ModuleNotFoundError: 2, KeyboardInterrupt: 130}
-        code, said = codes.get(type(error), 1), f"{NAME}.py: {str(error) or 'interrupted'}"
-        if code == 1:
-            said += "\nWhat was saved is kept: mend this (--debug: where), and the same command with --resume goes on."
-        if isinstance(error, torch.OutOfMemoryError):
-            said += "\nLess memory: --micro-batch-size, --gradient-checkpointing, --dtype bfloat16, --unfrozen-layers"
-        tqdm.write(said, file=sys.stderr)
-        sys.exit(code)
+        main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
+    except (UserError, OSError) as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        sys.exit(2)

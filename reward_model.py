@@ -75,8 +75,8 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped
     max_response_tokens: int = 128  # longer responses are cut
     # Sizes, over all processes unless noted
-    data_epochs: int = 0  # passes over the training data (0: 3 for tiny, or 1)
-    num_updates: int = 0  # updates (0: 1000, or 60 for tiny; sft, reward_model: all data)
+    data_epochs: int = 0  # passes over the training data (0: 3 for tiny, else 1)
+    num_updates: int = 0  # updates (0: online 1000, or 60 for tiny; others all data)
     minibatch_size: int = 32  # prompts per optimizer step
     micro_batch_size: int = 32  # prompts per forward pass of one process
     # Optimisation
@@ -181,9 +181,9 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        if Path(path).is_file():
-            kind = "parquet" if path.endswith(".parquet") else "json"
-            splits = datasets.load_dataset(kind, data_files=path)
+        file = Path(path)
+        if file.is_file():
+            splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
             splits = datasets.load_dataset(path)
         if list(splits) == ["train"]:
@@ -223,8 +223,7 @@ def encode_responses(tokenizer, texts, end_ids, longest, counts):
     than `longest` tokens is cut, and then has no end token.
     """
     responses = []
-    all_ids = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-    for ids in all_ids:
+    for ids in tokenizer(texts, add_special_tokens=False).input_ids:
         ids = [*ids, tokenizer.eos_token_id]
         length = 1 + next(t for t, token in enumerate(ids) if token in end_ids)
         # Nothing is lost where the text ends with its end token, before the EOS added here.
@@ -235,49 +234,47 @@ def encode_responses(tokenizer, texts, end_ids, longest, counts):
 
 
 def load_examples(tokenizer, end_ids, longest, columns, args):
-    """Held-out and training examples: pairs of a prompt and a list of its responses in `columns`.
+    """Held-out and training examples, pairs of a prompt and a list of its responses, and their CRC.
 
     The rows have the columns prompt and `columns` (completion defaults to chosen), or chosen and
     rejected alone, as in HH. Prompts of more than `longest` tokens are dropped. Raises UserError
     for data in another form.
     """
-    parts, held_out = [], set()
+    parts, held_out, crc = [], set(), 0
+    keys = ("prompt", *columns)
     for name, split in zip(("held-out", "training"), load_splits(args)):
-        counts = Counter()
-        texts = {key: [] for key in ("prompt", *columns)}
+        counts, rows, examples = Counter(), [], []
         for row in split:
             if "prompt" not in row and isinstance(row.get("chosen"), str):
                 row = split_dialogue(row)
             row.setdefault("completion", row.get("chosen"))
-            values = [row.get(key) for key in texts]
-            if not all(isinstance(value, str) for value in values):
-                needed = ", ".join(texts)
-                raise UserError(f"--dataset {args.dataset} has no {needed}: run prepare_data.py")
-            if not all(values):
+            texts = [row.get(key) for key in keys]
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError(f"--dataset {args.dataset} has no {keys}: run prepare_data.py")
+            if not all(texts):
                 counts["rows with an empty text or no common prompt dropped"] += 1
-            elif row["prompt"] in held_out:
+            elif texts[0] in held_out:
                 counts["rows with a held-out prompt dropped"] += 1
-            elif args.dataset == "tldr" and not row["prompt"].startswith("SUBREDDIT"):
+            elif args.dataset == "tldr" and not texts[0].startswith("SUBREDDIT"):
                 counts["news articles dropped"] += 1
             else:
-                for key, value in zip(texts, values):
-                    texts[key].append(value)
-        held_out.update(texts["prompt"])
-        responses = [
-            encode_responses(tokenizer, texts[key], end_ids, args.max_response_tokens, counts)
-            for key in columns
-        ]
-        examples = []
-        for prompt, *group in zip(encode_prompts(tokenizer, texts["prompt"]), *responses):
+                rows.append(texts)
+        held_out.update(texts[0] for texts in rows)
+        crc = zlib.crc32(repr(rows).encode(), crc)
+        prompts = encode_prompts(tokenizer, [texts[0] for texts in rows])
+        for prompt, texts in zip(prompts, rows):
             if len(prompt) > longest:
                 counts[f"prompts of more than {longest} tokens dropped"] += 1
             else:
+                group = encode_responses(
+                    tokenizer, texts[1:], end_ids, args.max_response_tokens, counts
+                )
                 examples.append((prompt, group))
         PartialState().print(f"{name:13} {len(examples)} examples; {dict(+counts)}")
         if not examples:
             raise UserError(f"--dataset {args.dataset} has no {name} examples that can be used")
         parts.append(examples)
-    return parts
+    return *parts, crc
 
 
 # ---------------------------------------------------------------------------------------- scores
@@ -453,6 +450,7 @@ def save_checkpoint(folder, model, optimizer, state):
 
 def log(accelerator, file, update, values, prefix=""):
     """Append a line to a .jsonl file of the run, and add the values to TensorBoard."""
+    values = {key: float(value) for key, value in values.items()}
     if accelerator.is_main_process:
         with open(file, "a") as stream:
             stream.write(json.dumps({"step": update, **values}) + "\n")
@@ -507,12 +505,9 @@ def main(args):
     reward_model.config.pad_token_id = tokenizer.pad_token_id
     max_positions = getattr(reward_model.config, "max_position_embeddings", sys.maxsize)
     longest = min(args.max_prompt_tokens, max_positions - args.max_response_tokens)
-    eval_examples, examples = load_examples(
+    eval_examples, examples, data_crc = load_examples(
         tokenizer, end_ids, longest, ("chosen", "rejected"), args
     )
-    data_crc = 0
-    for prompt, responses in eval_examples + examples:
-        data_crc = zlib.crc32(torch.cat([prompt, *responses]).numpy(), data_crc)
     eval_size = min(args.eval_prompts, len(eval_examples)) // world * world
     eval_prompts, eval_responses = zip(*eval_examples[:eval_size][rank::world])
     epoch_updates = math.ceil(len(examples) / args.minibatch_size)
@@ -589,7 +584,7 @@ def main(args):
         # 2. Log, evaluate, and save a checkpoint
         _, metrics = bradley_terry_loss(*torch.cat(share_scores).T)
         metrics["grad_norm"] = grad_norm
-        metrics = {key: accelerator.reduce(v, "mean").item() for key, v in metrics.items()}
+        metrics = accelerator.reduce(metrics, "mean")
         metrics["lr"] = lr
         metrics["time/update"] = time.perf_counter() - start
         log(accelerator, folder / "metrics.jsonl", update, metrics)

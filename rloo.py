@@ -31,9 +31,9 @@ tensor of token ids without padding; `responses` is a list of B lists of K respo
 per token, `logps` their sums over a response.
 """
 
-import importlib.util
 import json
 import os
+import runpy
 import shutil
 import sys
 import time
@@ -110,7 +110,7 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped
     max_response_tokens: int = 128  # longer responses are cut
     # Sizes, over all processes unless noted
-    num_updates: int = 0  # updates (0: 1000, or 60 for tiny; sft, reward_model: all data)
+    num_updates: int = 0  # updates (0: online 1000, or 60 for tiny; others all data)
     prompts_per_update: int = 32  # prompts per update
     num_responses: int = 4  # responses per prompt, K
     num_epochs: int = 4  # passes over the responses of an update
@@ -245,9 +245,9 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        if Path(path).is_file():
-            kind = "parquet" if path.endswith(".parquet") else "json"
-            splits = datasets.load_dataset(kind, data_files=path)
+        file = Path(path)
+        if file.is_file():
+            splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
             splits = datasets.load_dataset(path)
         if list(splits) == ["train"]:
@@ -305,17 +305,13 @@ def load_prompts(tokenizer, longest, args):
 def load_function(spec):
     """The function that "FILE.py:FUNCTION" names."""
     path, _, name = spec.rpartition(":")
-    file = Path(path).resolve()
-    if not file.is_file():
+    if not Path(path).is_file():
         raise UserError(f"{spec}: expected FILE.py:FUNCTION, found no file {path!r}")
-    module_spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules.setdefault(file.stem, module)  # so that worker processes can unpickle its functions
-    sys.path.insert(0, str(file.parent))
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, name):
+    sys.path.insert(0, str(Path(path).parent))  # for what it imports
+    functions = runpy.run_path(path)
+    if name not in functions:
         raise UserError(f"{spec}: {path} has no function {name!r}")
-    return getattr(module, name)
+    return functions[name]
 
 
 def decode_texts(tokenizer, prompts, responses):
@@ -324,9 +320,10 @@ def decode_texts(tokenizer, prompts, responses):
     rows = []
     for prompt, group in zip(prompts, responses):
         text = decode(prompt)
-        # Decoded alone, a response would lose its leading space with some tokenizers.
-        wholes = [decode(torch.cat([prompt, response])) for response in group]
-        rows += [{"prompt": text, "response": whole[len(text) :]} for whole in wholes]
+        for response in group:
+            # Decoded alone, a response would lose its leading space with some tokenizers.
+            whole = decode(torch.cat([prompt, response]))
+            rows.append({"prompt": text, "response": whole[len(text) :]})
     return rows
 
 
@@ -457,8 +454,8 @@ def response_hidden(model, prompts, responses):
     return hidden
 
 
-def response_logprobs(model, prompts, responses, temperature):
-    """log π(y_t | x, y_<t) of every response token: [B, K, T] float32, 0 on padding."""
+def response_logps(model, prompts, responses, temperature):
+    """log π(y | x) of each response, the sum over its tokens: [B, K] float64."""
     hidden = response_hidden(model, prompts, responses)
     hidden = torch.cat([states[:-1] for states in hidden])  # [tokens, D]
     targets = [y for group in responses for y in group]
@@ -472,12 +469,7 @@ def response_logprobs(model, prompts, responses, temperature):
         token_logprobs = partial(checkpoint, token_logprobs, use_reentrant=False)
     parts = map(token_logprobs, hidden.split(128), torch.cat(targets).to(hidden.device).split(128))
     logprobs = torch.cat(list(parts)).split([len(y) for y in targets])
-    return pad_sequence(logprobs, batch_first=True).unflatten(0, (len(prompts), -1))
-
-
-def response_logps(model, prompts, responses, temperature):
-    """log π(y | x) of each response, summed over its tokens: [B, K] float64."""
-    return response_logprobs(model, prompts, responses, temperature).double().sum(-1)
+    return torch.stack([row.double().sum() for row in logprobs]).view(len(prompts), -1)
 
 
 def response_kl(policy, reference, prompts, responses, temperature):
@@ -488,9 +480,8 @@ def response_kl(policy, reference, prompts, responses, temperature):
     for states, ref_states in zip(hidden, ref_hidden):
         logp = head_logits(policy, states[:-1], temperature).log_softmax(-1)  # [T, V]
         ref_logp = head_logits(reference, ref_states[:-1], temperature).log_softmax(-1)
-        kl = (logp.exp() * (logp - ref_logp)).sum(-1).clamp(min=0)  # [T], not below 0 by rounding
-        kls.append(kl.double().sum())
-    return torch.stack(kls).view(len(prompts), -1)
+        kls.append(F.kl_div(ref_logp, logp, reduction="sum", log_target=True))
+    return torch.stack(kls).double().view(len(prompts), -1)
 
 
 def response_scores(reward_model, prompts, responses):
@@ -613,6 +604,7 @@ def save_checkpoint(folder, model, optimizer, state):
 
 def log(accelerator, file, update, values, prefix=""):
     """Append a line to a .jsonl file of the run, and add the values to TensorBoard."""
+    values = {key: float(value) for key, value in values.items()}
     if accelerator.is_main_process:
         with open(file, "a") as stream:
             stream.write(json.dumps({"step": update, **values}) + "\n")
@@ -627,8 +619,8 @@ def log_evaluation(accelerator, folder, update, values, samples):
     point = {}
     for name, value in values.items():
         value = accelerator.gather(value.to(accelerator.device).double())
-        point[name] = value.mean().item()
-        point[f"{name}_se"] = value.std(correction=0).item() / len(value) ** 0.5
+        point[name] = value.mean()
+        point[f"{name}_se"] = value.std(correction=0) / len(value) ** 0.5
     log(accelerator, folder / "frontier.jsonl", update, point, prefix="eval/")
     samples = gather_object(samples)
     means = [f"{name} {point[name]:.3g}" for name in values]
@@ -809,7 +801,7 @@ def main(args):
         metrics["objective/length"] = lengths.mean()
         metrics["objective/eos_rate"] = ended.mean()
         metrics["grad_norm"] = grad_norm  # of the last step
-        metrics = {key: accelerator.reduce(v, "mean").item() for key, v in metrics.items()}
+        metrics = accelerator.reduce(metrics, "mean")
         metrics["objective/beta_raw"] = args.beta * scale  # β in units of the score
         metrics["val/ratio_init_error"] = init_error
         metrics["time/update"] = time.perf_counter() - start
