@@ -1,4 +1,4 @@
-"""P3O-V1: Pairwise Proximal Policy Optimization with separate clipping (Wu et al. 2023, 2310.00212).
+"""P3O-V1: Pairwise Proximal Policy Optimization, separate clipping (Wu et al. 2023, 2310.00212).
 
 Sample several responses to a prompt, score them, and raise the log-probability of the better ones
 relative to the worse ones, in proportion to the differences of their rewards. Adding a constant to

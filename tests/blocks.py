@@ -10,7 +10,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("p3o_v2.py", "sft.py", "reward_model.py", "prepare_data.py")
+TRAINING = (
+    "sft.py",
+    "reward_model.py",
+    "p3o_v2.py",
+    "p3o_v1.py",
+    "rloo.py",
+    "grpo.py",
+    "ppo.py",
+    "online_dpo.py",
+    "dpo.py",
+    "ipo.py",
+    "mpo.py",
+)
+SCRIPTS = (*TRAINING, "prepare_data.py")
 
 
 def is_block(name):
