@@ -103,7 +103,7 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped
     max_response_tokens: int = 128  # longer responses are cut
     # Sizes, over all processes unless noted
-    data_epochs: int = 1  # passes over the training data (0: 3 for tiny, else 1)
+    data_epochs: int = 1  # passes over the data (0 in sft, reward_model: 3 for tiny, else 1)
     num_updates: int = 0  # updates (0: online 1000, or 60 for tiny; others all data)
     minibatch_size: int = 32  # prompts per optimizer step
     micro_batch_size: int = 16  # prompts per forward pass of one process
@@ -236,7 +236,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path)
+        file = Path(path).resolve()
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -403,7 +403,6 @@ def generate_responses(model, prompts, end_ids, args):
     """
     torch.manual_seed(args.seed)
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
-    ends = torch.tensor(end_ids)
     own_config = model.generation_config
     model.generation_config = GenerationConfig()  # the model's own may have penalties
     responses = []
@@ -423,8 +422,8 @@ def generate_responses(model, prompts, end_ids, args):
             pad_token_id=end_ids[0],
         )
         for row in output[:, inputs.shape[1] :].cpu():
-            length = torch.isin(row, ends).cumsum(0).eq(0).sum() + 1  # to the first end token
-            responses.append([row[:length]])
+            is_end = torch.isin(row, torch.tensor(end_ids))
+            responses.append([row[: is_end.cumsum(0).eq(0).sum() + 1]])  # to the first end token
     model.generation_config = own_config
     return responses
 

@@ -83,7 +83,7 @@ def pairwise_loss(logps, ref_logps, rewards, beta, hard_labels):
         "rewards/accuracies": ((logits * margin).sign() / 2 + 0.5).mean(),
         "rewards/margins": (logits * margin.sign()).mean(),
         # By which ∇(h_1 − h_2) is multiplied
-        "policy/pair_weight_std": (beta * (labels - logits.sigmoid())).std(correction=0),
+        "policy/pair_weight_std": beta * (labels - logits.sigmoid()).square().mean().sqrt(),
     }
     return loss, metrics
 
@@ -242,7 +242,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path)
+        file = Path(path).resolve()
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:

@@ -19,7 +19,7 @@ short for π(y|x), and sg[...] stops the gradient. For two of the responses, y_1
 
 Where neither clip is active the gradient is −½ E[ q w ∇(log π_θ(y_1) − log π_θ(y_2)) ]: REINFORCE
 with the other response as the baseline. V2 clips the pair jointly, V1 (p3o_v1.py) each ρ_i alone.
-The paper has two responses: --num-responses 2 --prompts-per-update 64 --minibatch-size 4. Here the
+The paper has --num-responses 2 --prompts-per-update 64 --minibatch-size 4 --beta 0.05. Here the
 loss is the mean over all K(K−1)/2 pairs of the K responses to a prompt.
 Dividing by s is not in the paper. It lets one β suit any reward.
 
@@ -94,7 +94,7 @@ def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_
         "policy/ratio_mean": ratio.mean(),
         "policy/ratio_max": ratio.max(),  # of a micro-batch; the log has the mean of these
         "policy/approx_kl": (ratio - 1 - logratio.detach()).mean(),
-        "policy/pair_weight_std": (q * w).std(correction=0) / 2,  # ½ q w multiplies ∇Δ
+        "policy/pair_weight_std": (q * w).square().mean().sqrt() / 2,  # ½ q w multiplies ∇Δ
     }
     return loss, metrics
 
@@ -255,7 +255,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path)
+        file = Path(path).resolve()
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -769,6 +769,7 @@ def main(args):
             scores = reward_fns["reward"](batch, responses).to(device).double()  # [B, K]
             lengths, ended = lengths_and_ends(responses, end_ids, device)
             rewards = scores - args.missing_eos_penalty * (1 - ended)
+            rewards = rewards.float().double()  # rounded, so that equal scores stay equal
             rewards = rewards - rewards.mean(1, keepdim=True)
             state["square_sum"] += accelerator.reduce(rewards.square().sum()).item()
             state["count"] += B * (K - 1)  # degrees of freedom

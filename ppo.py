@@ -299,7 +299,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path)
+        file = Path(path).resolve()
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -567,6 +567,7 @@ def scale_scores(accelerator, scores, state):
 
     `state` keeps sums over the scores of all processes.
     """
+    scores = scores.float().double()  # rounded, so that equal scores stay equal
     state["count"] += scores.numel() * accelerator.num_processes
     state["sum"] += accelerator.reduce(scores.sum()).item()
     state["square_sum"] += accelerator.reduce(scores.square().sum()).item()
@@ -587,7 +588,7 @@ def token_advantages(accelerator, rewards, logratio, values, mask, args):
     sums = [mask.sum(), advantages.sum(), advantages.square().sum()]
     count, total, square_sum = accelerator.reduce(torch.stack(sums))
     mean = total / count
-    std = (square_sum / count - mean**2).sqrt()
+    std = (square_sum / count - mean**2).clamp(min=0).sqrt()
     return (advantages - mean) / (std + 1e-8), returns, std
 
 

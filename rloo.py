@@ -245,7 +245,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path)
+        file = Path(path).resolve()
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -759,6 +759,7 @@ def main(args):
             scores = reward_fns["reward"](batch, responses).to(device).double()  # [B, K]
             lengths, ended = lengths_and_ends(responses, end_ids, device)
             rewards = scores - args.missing_eos_penalty * (1 - ended)
+            rewards = rewards.float().double()  # rounded, so that equal scores stay equal
             rewards = rewards - rewards.mean(1, keepdim=True)
             state["square_sum"] += accelerator.reduce(rewards.square().sum()).item()
             state["count"] += B * (K - 1)  # degrees of freedom

@@ -69,7 +69,7 @@ class Args:
     max_prompt_tokens: int = 512  # longer prompts are dropped
     max_response_tokens: int = 128  # longer responses are cut
     # Sizes, over all processes unless noted
-    data_epochs: int = 0  # passes over the training data (0: 3 for tiny, else 1)
+    data_epochs: int = 0  # passes over the data (0 in sft, reward_model: 3 for tiny, else 1)
     num_updates: int = 0  # updates (0: online 1000, or 60 for tiny; others all data)
     minibatch_size: int = 32  # prompts per optimizer step
     micro_batch_size: int = 32  # prompts per forward pass of one process
@@ -172,7 +172,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path)
+        file = Path(path).resolve()
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:

@@ -1,16 +1,18 @@
-"""Kill a script again and again, resume it each time, and compare its end with that of a run that nothing disturbed.
+"""Kill a script again and again, resume it each time, and compare its end with a run left alone.
 
     python benchmark/kill.py                     p3o_v2.py, 20 kills
-    python benchmark/kill.py --script all        sft.py and reward_model.py too, 5 kills each
+    python benchmark/kill.py --script all        all training scripts, the others 5 kills each
 
-Every kill is SIGKILL from outside: the odd ones at a moment drawn from the length of an update, the even ones while a
-checkpoint is being written, as seen by its unfinished file. The run is on rows of the embedded world, with a
-checkpoint after every update, and long enough to be unfinished at every kill. Printed for each kill: how far the run
-was and whether it was inside a save, judged by what the kill left behind. At the end weights, logs (apart from times)
-and TensorBoard's scalars must be equal, bit by bit; exit code 1 if they are not.
+Every kill is SIGKILL from outside: the odd ones at a moment drawn from the length of an update, the
+even ones while a checkpoint is being written, as seen by its unfinished file. The run is on rows of
+the embedded world, with a checkpoint after every update, and long enough to be unfinished at every
+kill. Printed for each kill: how far the run was and whether it was inside a save, judged by what
+the kill left behind. At the end weights, logs (apart from times) and TensorBoard's scalars must be
+equal, bit by bit; exit code 1 if they are not.
 """
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -26,38 +28,34 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = ("time/", "samples_per_second", "tokens_per_second")
-KILLS = {"p3o_v2": 20, "sft": 5, "reward_model": 5}
-FLAGS = {
-    "p3o_v2": "--prompts-per-update 8 --minibatch-size 4 --num-epochs 2".split(),
-    "sft": "--minibatch-size 8 --data-epochs 1000".split(),
-    "reward_model": "--minibatch-size 8 --data-epochs 1000".split(),
-}
-COMMON = "--output-dir run --dataset rows.jsonl --max-response-tokens 32 --eval-every 10 --eval-prompts 8".split()
-MARGIN = 6  # updates that the run may make between two kills, at most: 2 or 3 seen by us, and what we are late
+ONLINE = ("p3o_v2", "p3o_v1", "rloo", "grpo", "ppo", "online_dpo")
+SCRIPTS = (*ONLINE, "dpo", "ipo", "mpo", "sft", "reward_model")
+COMMON = "--output-dir run --dataset rows.jsonl --save-every 1 --eval-every 10 --eval-prompts 8"
+COMMON += " --max-response-tokens 32"
+# Updates between two kills, at most: 2 or 3 that are waited for, and those that we are late.
+MARGIN = 6
 
 
 @dataclass
 class Args:
-    script: Literal["p3o_v2", "sft", "reward_model", "all"] = "p3o_v2"  # what to kill
+    script: Literal[(*SCRIPTS, "all")] = "p3o_v2"  # what to kill
     kills: int = 0  # of every script (0: 20 of p3o_v2, 5 of the others)
     seed: int = 0  # of the moments
 
 
 def start(script, updates, folder, *more):
-    command = [
-        sys.executable,
-        ROOT / f"{script}.py",
-        *COMMON,
-        *FLAGS[script],
-        "--num-updates",
-        str(updates),
-        *more,
-    ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    """The script as a process in a folder, which has run/ and what it says in output.txt."""
+    sizes = "--minibatch-size 8"
+    if script in ONLINE:
+        sizes = "--prompts-per-update 8 --minibatch-size 4 --num-epochs 2"
+    command = [sys.executable, ROOT / f"{script}.py", *COMMON.split(), *sizes.split(), *more]
+    command += ["--num-updates", str(updates)]
+    cache = folder.parent / "cache"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache)}
     with open(folder / "output.txt", "a") as output:
-        options = {"stdout": output, "stderr": subprocess.STDOUT, "cwd": folder, "env": environment}
-        return subprocess.Popen(command + ["--save-every", "1"], **options)
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=env
+        )
 
 
 def updates_logged(run):
@@ -66,30 +64,31 @@ def updates_logged(run):
 
 
 def wait_until(condition, process):
-    """True once it holds; False where the process ends before."""
-    while not (found := condition()) and process.poll() is None:
+    """Returns once the condition holds or the process has ended."""
+    while not condition() and process.poll() is None:
         time.sleep(0.001)
-    return bool(found)
 
 
 def kill_once(script, updates, folder, draw, in_save):
-    """Start or resume the run and kill it after some updates; what was found, or None if the run had ended."""
+    """Start or resume the run and kill it after some updates.
+
+    Returns whether that was inside a save, and a sentence; None if the run had ended before.
+    """
     run = folder / "run"
     record = run / "args.json"
     before = record.stat().st_mtime_ns if record.exists() else 0
     process = start(script, updates, folder, "--resume")
-    wait_until(
-        lambda: record.exists() and record.stat().st_mtime_ns != before, process
-    )  # the run is opened
-    first, rows = updates_logged(run), draw.choice((2, 3))
+    # Until the run is opened, its logs are those of the run before
+    wait_until(lambda: record.exists() and record.stat().st_mtime_ns != before, process)
+    first, more = updates_logged(run), draw.choice((2, 3))
     wait_until(lambda: updates_logged(run) > first, process)
     began = time.monotonic()
-    wait_until(lambda: updates_logged(run) >= first + rows, process)
+    wait_until(lambda: updates_logged(run) >= first + more, process)
     if in_save:
         wait_until(lambda: list(run.glob("checkpoint-*.part")), process)
         time.sleep(draw.uniform(0, 0.01))
     else:
-        time.sleep(draw.uniform(0, (time.monotonic() - began) / (rows - 1)))
+        time.sleep(draw.uniform(0, (time.monotonic() - began) / (more - 1)))
     process.kill()
     if process.wait() >= 0:
         return None
@@ -101,63 +100,52 @@ def kill_once(script, updates, folder, draw, in_save):
     elif len(whole) > 1:
         where = f"inside a save: {whole[-1]} was in place, {', '.join(whole[:-1])} not removed"
     at = f"resumed after {first:3} updates, killed after {updates_logged(run):3}"
-    return bool(parts) or len(whole) > 1, f"{at}, {where}"
-
-
-def rows(file):
-    found = [json.loads(line) for line in file.read_text().splitlines()]
-    return [
-        {key: value for key, value in row.items() if not key.startswith(TIMES)} for row in found
-    ]
+    return where != "outside of saves", f"{at}, {where}"
 
 
 def ending(run):
     """{what: value} of all that must be equal."""
     found = {"weights": (run / "model/model.safetensors").read_bytes()}
-    found |= {file.name: rows(file) for file in sorted(run.glob("*.jsonl"))}
+    for file in sorted(run.glob("*.jsonl")):
+        found[file.name] = rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            row.pop("time/update", None)
+    logging.getLogger("tensorboard").setLevel("ERROR")  # it reports every resume
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(TIMES)]
-    scalars = {
-        tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags
-    }
-    return found | {"TensorBoard": scalars}
+    found["TensorBoard"] = scalars = {}
+    for tag in set(events.Tags()["scalars"]) - {"time/update"}:
+        scalars[tag] = sorted((event.step, event.value) for event in events.Scalars(tag))
+    return found
 
 
 def torture(script, kills, seed, folder):
     """Kill, resume, compare; whether all was as it should be."""
-    draw, updates, inside, began = (
-        random.Random(f"{script} {seed}"),
-        MARGIN * (kills + 1),
-        0,
-        time.monotonic(),
-    )
-    for name in ("undisturbed", "killed"):
-        (folder / name).mkdir(parents=True)
-        with open(ROOT / "tiny/data/train.jsonl") as lines:
-            (folder / name / "rows.jsonl").write_text(
-                "".join(line for line, _ in zip(lines, range(100)))
-            )
+    draw, updates, inside = random.Random(f"{script} {seed}"), MARGIN * (kills + 1), 0
+    began = time.monotonic()
+    alone, killed = folder / "alone", folder / "killed"
+    rows = (ROOT / "tiny/data/train.jsonl").read_text().splitlines(keepends=True)[:100]
+    for part in (alone, killed):
+        part.mkdir(parents=True)
+        (part / "rows.jsonl").write_text("".join(rows))
     print(f"{script}: {updates} updates, a checkpoint after each, {kills} kills", flush=True)
-    if start(script, updates, folder / "undisturbed").wait():
-        sys.exit((folder / "undisturbed/output.txt").read_text())
+    if start(script, updates, alone).wait():
+        sys.exit((alone / "output.txt").read_text())
     for number in range(1, kills + 1):
-        found = kill_once(script, updates, folder / "killed", draw, in_save=number % 2 == 0)
+        found = kill_once(script, updates, killed, draw, in_save=number % 2 == 0)
         if found is None:
             print(f"kill {number:2}: the run had ended")
-            print((folder / "killed/output.txt").read_text()[-2000:])
+            print((killed / "output.txt").read_text()[-2000:])
             return False
         inside += found[0]
         print(f"kill {number:2}: {found[1]}", flush=True)
-    if start(script, updates, folder / "killed", "--resume").wait():
-        print((folder / "killed/output.txt").read_text()[-2000:])
+    if start(script, updates, killed, "--resume").wait():
+        print((killed / "output.txt").read_text()[-2000:])
         return False
-    expected, got = (ending(folder / name / "run") for name in ("undisturbed", "killed"))
+    expected, got = ending(alone / "run"), ending(killed / "run")
     equal = {key: expected.get(key) == got.get(key) for key in expected | got}
     said = ", ".join(f"{key} {'equal' if same else 'DIFFERENT'}" for key, same in equal.items())
-    print(
-        f"{script}: {kills} kills, {inside} of them inside a save: {said} ({time.monotonic() - began:.0f} s)",
-        flush=True,
-    )
+    seconds = time.monotonic() - began
+    print(f"{script}: {kills} kills, {inside} inside a save: {said} ({seconds:.0f} s)", flush=True)
     if inside < kills / 4:
         print("warning: fewer than a quarter of the kills were inside a save; try another --seed")
     return all(equal.values())
@@ -165,8 +153,9 @@ def torture(script, kills, seed, folder):
 
 def main(args):
     folder, good = Path(tempfile.mkdtemp()), []
-    for script in KILLS if args.script == "all" else [args.script]:
-        good.append(torture(script, args.kills or KILLS[script], args.seed, folder / script))
+    for script in SCRIPTS if args.script == "all" else [args.script]:
+        kills = args.kills or (20 if script == "p3o_v2" else 5)
+        good.append(torture(script, kills, args.seed, folder / script))
     if all(good):
         shutil.rmtree(folder)
     else:

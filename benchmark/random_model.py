@@ -1,4 +1,4 @@
-"""Write a folder with a model of a Pythia's shape and random weights, for runs where the hub can't be reached.
+"""Write a folder with a model of a Pythia's shape and random weights, for runs without the hub.
 
 python benchmark/random_model.py --tokenizer FOLDER --output FOLDER/pythia-14m
 """
@@ -32,6 +32,7 @@ class Args:
 def config_of(shape, **options):
     """The configuration of a Pythia model."""
     hidden, layers, heads = SHAPES[shape]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     return GPTNeoXConfig(
         vocab_size=50304,
         hidden_size=hidden,
@@ -39,11 +40,7 @@ def config_of(shape, **options):
         num_attention_heads=heads,
         intermediate_size=4 * hidden,
         max_position_embeddings=2048,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.25,
-        },
+        rope_parameters=rope,
         bos_token_id=0,
         eos_token_id=0,
         **options,
@@ -56,6 +53,5 @@ if __name__ == "__main__":
     model = GPTNeoXForCausalLM(config_of(args.shape))
     model.save_pretrained(args.output)
     AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(args.output)
-    print(
-        f"{args.output}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, random weights"
-    )
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    print(f"{args.output}: {millions:.1f} M parameters, random weights")

@@ -1,17 +1,28 @@
-"""Time our scripts and TRL's trainers on the same rows, model and lengths, taking turns in one run, beside the floor.
+"""Seconds an update of our scripts, of TRL's trainers, and of the work that nobody can leave out.
 
-    python benchmark/speed.py --tokenizer FOLDER --dataset FILE.jsonl.gz     random weights of pythia-14m's shape, HH
+    python benchmark/speed.py --tokenizer FOLDER --dataset FILE.jsonl.gz     pythia-14m's shape, HH
     python benchmark/speed.py --model tiny                                   the embedded world
-    python benchmark/speed.py --gpu --output gpu.json                        what a GPU does of what it could (gpu.py)
+    python benchmark/speed.py --gpu --output gpu.json                        a GPU's limits (gpu.py)
 
-Every measurement is a process of its own: ours, TRL's, the floor, ours, TRL's, … For each it prints seconds an update
-(median over the updates after the first, and the spread over the repeats), CPU seconds, peak memory, and the split into
-phases. The floor is the work nobody can leave out, run by plain transformers on rows of equal length without padding:
-each new token's forward through a preallocated cache, without sampling; trunk and, at response tokens, head, forward
-and backward; two rows a prompt, though ours read a prompt once for both. No optimizer, no metrics, no data.
+Every measurement is a process of its own, and the sides take turns: ours, TRL's, the floor, ours,
+... All have the same model, rows, limits of length, micro-batches and precision, one optimizer step
+an update and, online, two responses to a prompt, which are sampled anew for every update. Seconds
+are the median over the updates after the first; the table has the median over the repeats and, in
+brackets, the least and the most.
 
-TRL is needed for the comparison alone: pip install trl==1.16.0; without it only ours and the floor are timed.
-Set OMP_WAIT_POLICY=PASSIVE for numbers that repeat on a machine that does other things too.
+The log-probabilities of the reference that dpo, ipo and mpo need count once for every pair: our
+scripts compute them once in a run, and their time is added to that of an update ("once"). TRL's
+DPOTrainer computes them in every update, or once with --trl-precompute, which is then added, too.
+TRL has no P3O, PPO or MPO. Beside the first two stands its RLOO, which has no value model, beside
+the last DPO, which trains on two responses where MPO has three.
+
+The floor is run by plain transformers on rows of equal length without padding: the forward of every
+new token, without choosing it; trunk and, at response tokens, head, forward and backward. It reads
+a prompt once for every response, while our scripts read it once for all, and may be faster. It has
+no optimizer, no metrics and no data.
+
+TRL is needed for the comparison alone: pip install trl==1.16.0. Without it only ours and the floor
+are timed. OMP_WAIT_POLICY=PASSIVE gives numbers that repeat on a machine that does other things.
 """
 
 import gzip
@@ -19,7 +30,6 @@ import importlib.util
 import json
 import os
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -30,482 +40,407 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+    TrainerCallback,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-TASKS = ("p3o_v2", "sft", "reward_model")
-ONLINE, PAIRS = ("p3o_v1", "p3o_v2", "ppo", "online_dpo"), ("dpo", "ipo", "mpo")
-PROMPTS = {
-    "p3o_v2": 2,
-    "sft": 1,
-    "reward_model": 2,
-}  # sequences a prompt where micro-batches count prompts
+ONLINE = ("p3o_v2", "p3o_v1", "rloo", "grpo", "ppo", "online_dpo")
+PAIRS = ("dpo", "ipo", "mpo")
+TASKS = ("sft", "reward_model", *ONLINE, *PAIRS)
+TRAINERS = {
+    "sft": "SFTTrainer",
+    "reward_model": "RewardTrainer",
+    "grpo": "GRPOTrainer",
+    "online_dpo": "OnlineDPOTrainer",
+    **dict.fromkeys(PAIRS, "DPOTrainer"),
+}  # else RLOOTrainer
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 
 
 @dataclass
 class Args:
-    gpu: bool = False  # measure decoding, training and memory on a GPU, then ours against TRL in bfloat16 there
-    output: str = ""  # JSON file for the results (default: none; gpu.json for --gpu)
+    gpu: bool = False  # measure a GPU's decoding, training and memory, and ours against TRL there
+    output: str = ""  # JSON file for the results (empty: none, or gpu.json for --gpu)
     model: str = "pythia-14m"  # tiny, or the shape of a Pythia, with random weights
     tokenizer: str = str(ROOT / "tiny/sft")  # folder of the tokenizer for a Pythia's shape
-    dataset: str = str(
-        ROOT / "tiny/data/train.jsonl"
-    )  # pairs: prompt, chosen, rejected, or dialogues as in HH
-    tasks: tuple[str, ...] = TASKS  # scripts to time; also p3o_v1, ppo, online_dpo, dpo, ipo, mpo
+    dataset: str = str(ROOT / "tiny/data/train.jsonl")  # prompt, chosen, rejected; or as in HH
+    tasks: tuple[str, ...] = TASKS  # scripts to time
     repeats: int = 3  # of ours, TRL's, floor
     updates: int = 3  # timed in every repeat, after one that is not
-    prompts: int = 16  # prompts (online, with two responses each), rows (sft) or pairs in an update
+    prompts: int = 16  # prompts, rows (sft) or pairs in an update
+    micro_batch_size: int = 4  # of these in a forward
     max_prompt_tokens: int = 256  # rows with longer prompts are not used
     max_response_tokens: int = 128  # nor are those with longer responses
-    new_tokens: int = 64  # length limit of what is sampled
-    micro_batch_size: int = 8  # sequences in one of our forwards
-    trl_batch_size: int = 0  # sequences in one of TRL's forwards (0: all of an update)
+    new_tokens: int = 64  # limit of sampled responses
+    trl_batch_size: int = 0  # of prompts in a forward of TRL (0: as ours)
+    trl_precompute: bool = False  # TRL's DPOTrainer computes log π_ref once, as our scripts do
     dtype: str = "float32"  # or bfloat16, on both sides
     worker: str = ""  # internal: what a process of its own does
 
 
-# ------------------------------------------------------------------------------------------------------- the same rows
-def write_rows(folder, args):
-    """Model folders and FOLDER/data with the rows of one update (train) and two more (test)."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
+# ----------------------------------------------------------------------------------- the same rows
+def make_models(folder, args):
+    """Folders of the policy and of the reward model."""
     if args.model == "tiny":
-        policy, reward_model = ROOT / "tiny/sft", ROOT / "tiny/reward_model"
-    else:
-        policy, reward_model = folder / args.model, folder / "reward_model"
-        options = ["--tokenizer", args.tokenizer, "--output", policy, "--shape", args.model]
-        subprocess.run(
-            [sys.executable, ROOT / "benchmark/random_model.py", *options],
-            check=True,
-            capture_output=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(policy)
-        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-        model = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1)
-        model.config.pad_token_id = tokenizer.pad_token_id
-        for part in (model, tokenizer):
-            part.save_pretrained(reward_model)
-    tokenizer, rows = AutoTokenizer.from_pretrained(policy), []
-    with (
-        gzip.open(args.dataset, "rt")
-        if args.dataset.endswith(".gz")
-        else open(args.dataset) as lines
-    ):
-        for line in lines:
-            row = json.loads(line)
-            if "prompt" not in row:
-                at = row["chosen"].rfind("\n\nAssistant:") + 12
-                row = {
-                    "prompt": row["chosen"][:at],
-                    "chosen": row["chosen"][at:],
-                    "rejected": row["rejected"][at:],
-                }
-            lengths = [
-                len(tokenizer(row[key]).input_ids) for key in ("prompt", "chosen", "rejected")
-            ]
-            fits = (
-                lengths[0] <= args.max_prompt_tokens and max(lengths[1:]) < args.max_response_tokens
-            )
-            if min(lengths) > 0 and fits and row["prompt"] not in {r["prompt"] for r in rows}:
-                rows.append(
-                    {
-                        **{key: row[key] for key in ("prompt", "chosen", "rejected")},
-                        "completion": row["chosen"],
-                    }
-                )
-            if len(rows) == args.prompts + 2:
-                break
+        return ROOT / "tiny/sft", ROOT / "tiny/reward_model"
+    policy, reward_model = folder / args.model, folder / "reward_model"
+    command = [sys.executable, ROOT / "benchmark/random_model.py", "--shape", args.model]
+    command += ["--tokenizer", args.tokenizer, "--output", policy]
+    subprocess.run(command, check=True, capture_output=True)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    for part in (model, tokenizer):
+        part.save_pretrained(reward_model)
+    return policy, reward_model
+
+
+def write_rows(folder, policy, args):
+    """Write FOLDER/data with the rows of one update (train) and two more (test)."""
+    tokenizer, rows = AutoTokenizer.from_pretrained(policy), {}
+    open_text = gzip.open if args.dataset.endswith(".gz") else open
+    with open_text(args.dataset, "rt") as lines:
+        for row in map(json.loads, lines):
+            if "prompt" not in row:  # a dialogue of HH
+                at = row["chosen"].rfind("\n\nAssistant:") + len("\n\nAssistant:")
+                row = {"prompt": row["chosen"][:at], **{key: row[key][at:] for key in row}}
+            row = {key: row[key] for key in ("prompt", "chosen", "rejected")}
+            prompt, *responses = [len(tokenizer(text).input_ids) for text in row.values()]
+            fits = prompt <= args.max_prompt_tokens and max(responses) < args.max_response_tokens
+            if min(prompt, *responses) > 0 and fits and len(rows) < args.prompts + 2:
+                rows.setdefault(row["prompt"], {**row, "completion": row["chosen"]})
+    if len(rows) < args.prompts + 2:
+        raise SystemExit(f"{args.dataset} has {len(rows)} prompts within the limits")
+    lines = [json.dumps(row) + "\n" for row in rows.values()]
     (folder / "data").mkdir()
-    for name, part in (("train", rows[: args.prompts]), ("test", rows[args.prompts :])):
-        (folder / "data" / f"{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in part)
-        )
-    return str(policy), str(reward_model)
+    (folder / "data/train.jsonl").write_text("".join(lines[:-2]))
+    (folder / "data/test.jsonl").write_text("".join(lines[-2:]))
 
 
-# ---------------------------------------------------------------------------------------------------- one process each
+# -------------------------------------------------------------------------------- one process each
 class Clock:
-    """Wall and CPU seconds between the ends of updates, and the peak of memory at the last."""
+    """Wall and CPU seconds between moments, and the peak of memory at the last."""
 
     def __init__(self):
-        self.ticks = []
+        self.moments = []
 
-    def tick(self):
-        if torch.cuda.is_available():
+    def tick(self, *_):
+        if CUDA:
             torch.cuda.synchronize()
-        self.ticks.append((time.perf_counter(), time.process_time()))
+        self.moments.append((time.perf_counter(), time.process_time()))
         self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if torch.cuda.is_available():
+        if CUDA:
             self.peak = torch.cuda.max_memory_allocated() / 2**30
 
-    def result(self, **more):
-        wall, cpu = ([b[i] - a[i] for a, b in zip(self.ticks, self.ticks[1:])] for i in (0, 1))
-        return {
-            "wall": statistics.median(wall),
-            "cpu": statistics.median(cpu),
-            "peak_gib": self.peak,
-            **more,
-        }
+    def result(self, once=(0.0, 0.0)):
+        """Medians of the time between two moments, with what is done once added."""
+        found = {"once": once[0], "peak_gib": self.peak}
+        for i, name in enumerate(("wall", "cpu")):
+            spans = [b[i] - a[i] for a, b in zip(self.moments, self.moments[1:])]
+            found[name] = statistics.median(spans) + once[i]
+        return found
+
+
+def since(start):
+    """Wall and CPU seconds since a moment."""
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def run_ours(task, args, policy, reward_model, folder):
     """The script itself, on a dataset of as many rows as an update takes."""
-    script, clock = __import__(task), Clock()
-    plain_log, lines = script.log, []
+    script, clock = importlib.import_module(task), Clock()
+    lengths, once = [], []  # of sampled responses; seconds for the reference
 
-    def log(*inputs, **options):
-        if any(isinstance(file, Path) and file.stem == "metrics" for file in inputs):
+    def after(name, more):
+        """Do `more` after each call of a function of the script."""
+        function = getattr(script, name)
+
+        def wrapped(*inputs, **options):
+            result = function(*inputs, **options)
+            more(*inputs)
+            return result
+
+        setattr(script, name, wrapped)
+
+    def end_of_update(_, file, update, values, *others):
+        if file.name == "metrics.jsonl":
             clock.tick()
-            lines.append(inputs[-1])
-        plain_log(*inputs, **options)
+            lengths.append(float(values.get("objective/length", 0)))
 
-    def stored(
-        accelerator, make, **inputs
-    ):  # log π_ref of the update's pairs, made once for each time they are used
-        def timed():
-            start = time.perf_counter(), time.process_time()
-            values = make()
-            once.extend((time.perf_counter() - start[0], time.process_time() - start[1]))
-            return values
-
-        shutil.rmtree("runs", ignore_errors=True)
-        return plain_stored(accelerator, timed, **inputs)
-
-    script.log, once = log, []
-    if hasattr(script, "stored"):
-        plain_stored, script.stored = script.stored, stored
+    after("log", end_of_update)
+    if (
+        task in PAIRS
+    ):  # the reference's part lies between start_run and the gathering of its results
+        opened = []
+        after("start_run", lambda *_: opened.append((time.perf_counter(), time.process_time())))
+        after("gather_object", lambda *_: once or once.extend(since(opened[0])))
     options = {
         "model": policy,
         "dataset": str(folder / "data"),
         "output_dir": str(folder / "run"),
         "overwrite": True,
-    }
-    options |= {
         "num_updates": args.updates + 1,
         "eval_every": 0,
         "eval_prompts": 2,
         "dtype": args.dtype,
-    }
-    options |= {
-        "micro_batch_size": args.micro_batch_size // PROMPTS.get(task, 1),
         "minibatch_size": args.prompts,
+        "micro_batch_size": args.micro_batch_size,
         "learning_rate": 1e-5,
-    }
-    options |= {
         "max_prompt_tokens": args.max_prompt_tokens,
         "max_response_tokens": args.max_response_tokens,
     }
     if task in ONLINE:
         options |= {"prompts_per_update": args.prompts, "num_responses": 2, "num_epochs": 1}
-        options |= {"reward_model": reward_model}
-        options |= {"max_response_tokens": args.new_tokens}
-    else:
-        options |= {"data_epochs": args.updates + 1, "lr_schedule": "constant"}
+        options |= {"reward_model": reward_model, "max_response_tokens": args.new_tokens}
     script.main(script.Args(**options))
-    phases = {
-        k[5:]: statistics.median(line[k] for line in lines[1:])
-        for k in lines[0]
-        if k.startswith("time/")
-    }
-    lengths = [round(line["objective/length"], 1) for line in lines[1:]] if task in ONLINE else []
-    result = clock.result(phases=phases, lengths=lengths)
-    if once:
-        result["wall"], result["cpu"] = result["wall"] + once[0], result["cpu"] + once[1]
-        result["phases"] |= {"train": result["phases"]["update"], "reference": once[0]}
-    return result
+    if task == "mpo":
+        _, samples = torch.load(folder / "run/reference.pt")
+        lengths = [len(y) for [y] in samples]
+    return clock.result(once or (0.0, 0.0)) | {"sampled": statistics.mean(lengths)}
 
 
 def run_trl(task, args, policy, reward_model, folder):
-    """TRL's trainer with the same batch and lengths, its CPU-slowing defaults (bf16, checkpointing) as ours are."""
+    """TRL's trainer with the same sizes, without its defaults of bfloat16 and checkpointing."""
     import trl
     from datasets import load_dataset
-    from transformers import AutoTokenizer, TrainerCallback
 
-    clock, spent = Clock(), {}
-
-    class Ticks(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            clock.tick()
-            if len(clock.ticks) == 1:
-                spent.clear()
-
-    def timed(name, function):
-        def run(*inputs, **options):
-            start = time.perf_counter()
-            out = function(*inputs, **options)
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
-            return out
-
-        return run
-
+    clock, once = Clock(), [0.0, 0.0]
+    callback = TrainerCallback()
+    callback.on_step_end = lambda *_, **__: clock.tick()
     rows = load_dataset("json", data_files=str(folder / "data/train.jsonl"), split="train")
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    sequences = args.prompts * (
-        2 if task in ("p3o_v1", "p3o_v2", "ppo") else 1
-    )  # RLOO counts responses
-    batch = args.trl_batch_size or sequences
+    K = 1 if task == "online_dpo" or task not in ONLINE else 2  # these trainers count responses
+    batch = args.trl_batch_size or args.micro_batch_size
     options = {
         "output_dir": str(folder / "trl"),
         "max_steps": args.updates + 1,
         "learning_rate": 1e-5,
-    }
-    options |= {
-        "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": sequences // batch,
-    }
-    options |= {
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": batch * K,
+        "gradient_accumulation_steps": args.prompts // batch,
         "report_to": "none",
         "save_strategy": "no",
         "logging_strategy": "no",
         "disable_tqdm": True,
+        "use_cpu": not CUDA,
+        "bf16": args.dtype == "bfloat16",
+        "gradient_checkpointing": False,
     }
-    options |= {"use_cpu": not torch.cuda.is_available(), "bf16": args.dtype == "bfloat16"}
-    options |= {"gradient_checkpointing": False, "lr_scheduler_type": "constant"}
-    common = {"processing_class": tokenizer, "callbacks": [Ticks()]}
-    if task in ("p3o_v1", "p3o_v2", "ppo"):
-        rows = rows.remove_columns(["chosen", "rejected", "completion"])
-        options |= {
-            "num_generations": 2,
-            "max_completion_length": args.new_tokens,
-            "beta": 0.05,
-            "temperature": 1.0,
-        }
-        options |= {"top_k": 0, "generation_batch_size": sequences}
-        trainer = trl.RLOOTrainer(policy, reward_model, trl.RLOOConfig(**options), rows, **common)
-        parts = {
-            "generate": "_generate",
-            "score": "_calculate_rewards",
-            "logprobs": "_get_per_token_logps_and_entropies",
-        }
-    elif task == "online_dpo":
-        from transformers import AutoModelForSequenceClassification
-        from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    rewards = {"reward_funcs": reward_model}
+    limit = {"max_length": args.max_prompt_tokens + args.max_response_tokens}
+    if task == "online_dpo":
+        from trl.experimental.online_dpo import OnlineDPOConfig as Config
+        from trl.experimental.online_dpo import OnlineDPOTrainer as Trainer
 
-        rows = rows.remove_columns(["chosen", "rejected", "completion"])
-        options |= {
-            "max_new_tokens": args.new_tokens,
-            "beta": [0.1],
-            "temperature": 1.0,
-            "top_k": 0,
-            "top_p": 1.0,
-        }
+        options |= {**sampling, "max_new_tokens": args.new_tokens, "beta": [0.1]}
         options |= {"max_length": args.max_prompt_tokens + args.new_tokens}
-        scorer = AutoModelForSequenceClassification.from_pretrained(reward_model, num_labels=1)
-        scorers = {
-            "reward_funcs": scorer,
+        model = AutoModelForSequenceClassification.from_pretrained(reward_model, num_labels=1)
+        rewards = {
+            "reward_funcs": model,
             "reward_processing_classes": AutoTokenizer.from_pretrained(reward_model),
         }
-        trainer = OnlineDPOTrainer(
-            policy, args=OnlineDPOConfig(**options), train_dataset=rows, **scorers, **common
-        )
-        parts = {"generate": "_generate", "logprobs": "_forward"}
-    elif task in PAIRS:
-        rows, loss = rows.remove_columns(["completion"]), {"ipo": "ipo"}.get(task, "sigmoid")
-        options |= {
-            "max_length": args.max_prompt_tokens + args.max_response_tokens,
-            "loss_type": [loss],
-            "beta": 0.1,
-        }
-        trainer, parts = (
-            trl.DPOTrainer(policy, args=trl.DPOConfig(**options), train_dataset=rows, **common),
-            {},
-        )
-    elif task == "sft":
-        rows = rows.remove_columns(["chosen", "rejected"])
-        options |= {"max_length": args.max_prompt_tokens + args.max_response_tokens}
-        trainer, parts = (
-            trl.SFTTrainer(policy, trl.SFTConfig(**options), train_dataset=rows, **common),
-            {},
-        )
     else:
-        rows, tokenizer = (
-            rows.remove_columns(["completion"]),
-            AutoTokenizer.from_pretrained(reward_model),
-        )
-        common["processing_class"] = tokenizer
-        options |= {"max_length": args.max_prompt_tokens + args.max_response_tokens}
-        trainer, parts = (
-            trl.RewardTrainer(
-                reward_model, trl.RewardConfig(**options), train_dataset=rows, **common
-            ),
-            {},
-        )
-    for name, method in parts.items():
-        setattr(trainer, method, timed(name, getattr(trainer, method)))
-    trainer.accelerator.backward = timed("backward", trainer.accelerator.backward)
+        name = TRAINERS.get(task, "RLOOTrainer")
+        Trainer, Config = getattr(trl, name), getattr(trl, name.replace("Trainer", "Config"))
+    if task in ONLINE:
+        columns = ["prompt"]
+        if task != "online_dpo":
+            options |= {**sampling, "max_completion_length": args.new_tokens, "beta": 0.05}
+            options |= {"num_generations": 2, "generation_batch_size": 2 * args.prompts}
+        if task == "grpo":
+            options["loss_type"] = "grpo"
+    else:
+        rewards = {}
+        columns = ["prompt", "completion"] if task == "sft" else ["prompt", "chosen", "rejected"]
+        options |= limit
+    if task in PAIRS:
+        options |= {"loss_type": ["ipo" if task == "ipo" else "sigmoid"], "beta": 0.1}
+        options["precompute_ref_log_probs"] = args.trl_precompute
+        compute = Trainer._precompute_ref_logps
+
+        def timed(*inputs):
+            start = time.perf_counter(), time.process_time()
+            result = compute(*inputs)
+            once[:] = since(start)
+            return result
+
+        Trainer._precompute_ref_logps = timed
+    model = reward_model if task == "reward_model" else policy
+    trainer = Trainer(
+        model,
+        args=Config(**options),
+        train_dataset=rows.select_columns(columns),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        callbacks=[callback],
+        **rewards,
+    )
     trainer.train()
-    return clock.result(phases={name: seconds / args.updates for name, seconds in spent.items()})
+    return clock.result(once)
 
 
 def run_floor(task, args, policy, reward_model, folder):
-    """Least seconds of every part of the work over several trials, on rows of the mean length; see the top."""
-    import torch.nn.functional as F
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DynamicCache,
-    )
-
-    from p3o_v1 import InplaceLayer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    load = {"dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(policy, **load).to(device)
-    scorer = AutoModelForSequenceClassification.from_pretrained(reward_model, **load).to(device)
-    head, rows = (
-        model.get_output_embeddings(),
-        (folder / "data/train.jsonl").read_text().splitlines(),
-    )
+    """The least seconds of every part of the work over several trials; see the top."""
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    model = load(policy).to(DEVICE)
+    scorer = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32)
+    scorer.to(DEVICE)
+    head = model.get_output_embeddings()
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    texts = [json.loads(row) for row in rows]
-    count = {
-        key: sum(len(tokenizer(row[key]).input_ids) for row in texts)
-        for key in ("prompt", "chosen", "rejected")
-    }
-    B, T = args.prompts, args.new_tokens
-    if task in ONLINE:
-        sampled = json.loads((folder / "lengths.json").read_text())
-        responses, total = round(2 * B * statistics.mean(sampled)), 2 * count["prompt"]
-        T = round(statistics.mean(sampled))
-    elif task == "sft":
-        responses, total = count["chosen"] + B, count["prompt"]
-    else:
-        responses = count["chosen"] + count["rejected"] + 2 * B if task in PAIRS else 0
-        total = 2 * count["prompt"] + count["chosen"] + count["rejected"] + 2 * B - responses
-    N = B if task == "sft" else 2 * B
-    length = round((total + responses) / N)
-    ids = torch.randint(0, 500, (N, length), device=device)
-    targets = torch.randint(0, 500, (responses,), device=device)
+    rows = [json.loads(line) for line in open(folder / "data/train.jsonl")]
 
-    def trunk(network):
+    def mean_length(key):
+        return statistics.mean(len(tokenizer(row[key]).input_ids) for row in rows)
+
+    sampled = float((folder / "sampled").read_text())
+    pair = [mean_length("chosen") + 1, mean_length("rejected") + 1]  # with their end tokens
+    lengths = {"sft": pair[:1], "mpo": [*pair, sampled]}.get(task, pair)
+    if task in ONLINE:
+        lengths = [sampled] * 2
+    B, P, T = args.prompts, round(mean_length("prompt")), round(statistics.mean(lengths))
+    ids = torch.randint(0, 500, (B * len(lengths), P + T), device=DEVICE)
+    micro_batches = ids.split(args.micro_batch_size * len(lengths))
+
+    def trunk(network, ids):
         return network.base_model(ids, use_cache=False).last_hidden_state
 
-    def logprobs(network):  # the head at as many positions as there are response tokens
-        return -F.cross_entropy(
-            head(trunk(network).flatten(0, 1)[:responses]), targets, reduction="none"
-        )
+    def logps(ids):
+        logits = head(trunk(model, ids)[:, P - 1 : -1]).flatten(0, 1)
+        return F.cross_entropy(logits, ids[:, P:].flatten(), reduction="sum")
+
+    def scores(ids):
+        return scorer.score(trunk(scorer, ids)[:, -1]).sum()
+
+    def forward(function):
+        with torch.no_grad():
+            for ids in micro_batches:
+                function(ids)
+
+    def train(function):
+        for ids in micro_batches:
+            function(ids).backward()
 
     @torch.no_grad()
     def sample():
         cache = DynamicCache(config=model.config)
-        cache.layers = [InplaceLayer() for _ in cache.layers]
-        head(
-            model.base_model(
-                ids[:B, : round(count["prompt"] / B)], past_key_values=cache
-            ).last_hidden_state[:, -1]
-        )
-        cache.batch_repeat_interleave(2)
-        for _ in range(T - 1):
-            head(model.base_model(ids[:, :1], past_key_values=cache).last_hidden_state[:, -1])
+        head(model.base_model(ids[:B, :P], past_key_values=cache).last_hidden_state[:, -1])
+        rows = 2 * B if task in ONLINE else B
+        cache.batch_repeat_interleave(rows // B)
+        for t in range(round(sampled) - 1):
+            output = model.base_model(ids[:rows, t : t + 1], past_key_values=cache)
+            head(output.last_hidden_state[:, -1])
 
-    if task in PAIRS:
-        parts = {
-            "reference": torch.no_grad()(partial(logprobs, model)),
-            "train": lambda: logprobs(model).sum().backward(),
-        }
-    elif task in ONLINE:
-        parts = {"sample": sample, "score": torch.no_grad()(partial(trunk, scorer))}
-        parts |= {
-            "logprobs": torch.no_grad()(partial(logprobs, model)),
-            "train": lambda: logprobs(model).sum().backward(),
-        }
-        if task == "ppo":
-            parts |= {"values": torch.no_grad()(partial(trunk, scorer))}
-            parts |= {"train values": lambda: scorer.score(trunk(scorer)).sum().backward()}
-    elif task == "sft":
-        parts = {"train": lambda: logprobs(model).sum().backward()}
-    else:
-        parts = {"train": lambda: scorer.score(trunk(scorer)[:, -1]).sum().backward()}
-    phases, cpu = {}, 0.0
-    for name, part in parts.items():
+    parts = [partial(train, scores if task == "reward_model" else logps)]
+    if task in (*ONLINE, "mpo"):
+        parts.append(sample)
+    if task in (*ONLINE, *PAIRS):
+        parts.append(partial(forward, logps))  # of the reference
+    if task in ONLINE:
+        parts.append(partial(forward, scores))
+    if task == "ppo":  # values
+        parts += [partial(forward, scores), partial(train, scores)]
+    clocks = []
+    for part in parts:
         trials = []
         for _ in range(5):
             model.zero_grad()
             scorer.zero_grad()
             clock = Clock()
-            with torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 clock.tick()
                 part()
                 clock.tick()
-            trials.append([b - a for a, b in zip(*clock.ticks)])
-        phases[name], cpu = min(wall for wall, _ in trials), cpu + min(cpu for _, cpu in trials)
-    return {"wall": sum(phases.values()), "cpu": cpu, "peak_gib": clock.peak, "phases": phases}
+            trials.append(clock.result())
+        clocks.append({key: min(trial[key] for trial in trials) for key in ("wall", "cpu")})
+    total = {key: sum(part[key] for part in clocks) for key in ("wall", "cpu")}
+    return total | {"once": 0.0, "peak_gib": clock.peak}
 
 
 WORKERS = {"ours": run_ours, "trl": run_trl, "floor": run_floor}
 
 
-# ------------------------------------------------------------------------------------------------------------- compare
+# ------------------------------------------------------------------------------------- the results
 def compare(args):
-    """{task: {"ours" | "trl" | "floor": [result of each repeat]}}, and prints the table."""
+    """{task: {"ours" | "trl" | "floor": [result of each repeat]}}; prints the table."""
     sides = [side for side in WORKERS if side != "trl" or importlib.util.find_spec("trl")]
     results = {task: {side: [] for side in sides} for task in args.tasks}
-    with tempfile.TemporaryDirectory() as folder:
-        paths = write_rows(Path(folder), args)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = [str(path) for path in make_models(folder, args)]
+        write_rows(folder, paths[0], args)
         turns = [(task, side) for task in args.tasks for _ in range(args.repeats) for side in sides]
-        for task, side in tqdm(turns, desc=args.model):
-            spec = json.dumps(
-                {"task": task, "side": side, "paths": paths, "folder": folder, "args": asdict(args)}
-            )
-            env = os.environ | {
-                "PYTHONPATH": str(ROOT),
+        for number, (task, side) in enumerate(tqdm(turns, desc=args.model)):
+            spec = {"task": task, "side": side, "paths": paths, "folder": name}
+            command = [sys.executable, __file__, "--worker", json.dumps(spec | asdict(args))]
+            env = {
+                **os.environ,
                 "HF_HUB_OFFLINE": "1",
+                "HF_DATASETS_CACHE": f"{name}/cache-{number}",  # TRL keeps log π_ref there
                 "TOKENIZERS_PARALLELISM": "false",
             }
-            command = [sys.executable, __file__, "--worker", spec]
             done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
             if done.returncode:
-                raise SystemExit(
-                    f"{task}, {side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-                )
-            results[task][side].append(json.loads(done.stdout.splitlines()[-1]))
-            if "lengths" in results[task][side][-1]:
-                (Path(folder) / "lengths.json").write_text(
-                    json.dumps(results[task][side][-1]["lengths"] or [0])
-                )
-    print(
-        f"\n{args.model}, {args.prompts} prompts, {args.dtype}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}"
-    )
+                said = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+                raise SystemExit(f"{task}, {side} failed:\n{said}")
+            result = json.loads(done.stdout.splitlines()[-1])
+            if side == "ours":
+                (folder / "sampled").write_text(str(result["sampled"]))
+            results[task][side].append(result)
+    policy = os.environ.get("OMP_WAIT_POLICY")
+    print(f"\n{args.model}, {args.prompts} prompts, {args.dtype}, OMP_WAIT_POLICY={policy}\n")
+    print("| | ours, s | of it once | TRL, s | TRL / ours | floor, s | ours / floor ", end="")
+    print("| CPU s, ours / TRL | peak GiB, ours / TRL |\n" + "|---" * 9 + "|")
     for task, runs in results.items():
-        for side, repeats in runs.items():
-            wall, cpu, peak = ([run[key] for run in repeats] for key in ("wall", "cpu", "peak_gib"))
-            split = {
-                k: statistics.median(run["phases"][k] for run in repeats)
-                for k in repeats[0]["phases"]
-            }
-            shares = ", ".join(
-                f"{key} {value:.3g}" for key, value in split.items() if key != "update"
-            )
-            memory = "" if side == "floor" else f", peak {max(peak):.2f} GiB"
-            spread = f"{statistics.median(wall):.3f} s ({min(wall):.3f} to {max(wall):.3f})"
-            print(
-                f"{task:13} {side:6} {spread}, CPU {statistics.median(cpu):.3f} s{memory}; {shares}"
-            )
-        for name, a, b in (("TRL / ours", "trl", "ours"), ("ours / floor", "ours", "floor")):
-            if a in runs and b in runs:
-                for key in ("wall", "cpu"):
-                    ratios = [x[key] / y[key] for x, y in zip(runs[a], runs[b])]
-                    low, high = min(ratios), max(ratios)
-                    print(
-                        f"{'':14}{name} by {key}: {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
-                    )
+        print(table_row(task, runs))
     return results
+
+
+def table_row(task, runs):
+    """A row of the table, in Markdown."""
+
+    def shown(values):
+        return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+    def ratio(side, other):
+        return shown([x["wall"] / y["wall"] for x, y in zip(runs[side], runs[other])])
+
+    def middle(key):
+        found = [statistics.median(run[key] for run in runs[side]) for side in ("ours", "trl")]
+        return " / ".join(f"{value:.3g}" for value in found)
+
+    runs = {"trl": [dict.fromkeys(("wall", "cpu", "peak_gib"), float("nan"))], **runs}
+    once = statistics.median(run["once"] for run in runs["ours"])
+    cells = [
+        f"`{task}.py`, {TRAINERS.get(task, 'RLOOTrainer')}",
+        shown([run["wall"] for run in runs["ours"]]),
+        f"{once:.3g}" if once else "–",
+        shown([run["wall"] for run in runs["trl"]]),
+        ratio("trl", "ours"),
+        shown([run["wall"] for run in runs["floor"]]),
+        ratio("ours", "floor"),
+        middle("cpu"),
+        middle("peak_gib"),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     if args.worker:
         spec = json.loads(args.worker)
-        args = Args(**spec["args"])
-        print(
-            json.dumps(
-                WORKERS[spec["side"]](spec["task"], args, *spec["paths"], Path(spec["folder"]))
-            )
-        )
+        task, side, paths, folder = (spec.pop(key) for key in ("task", "side", "paths", "folder"))
+        print(json.dumps(WORKERS[side](task, Args(**spec), *paths, Path(folder))))
     elif args.gpu:
         import gpu
 
@@ -513,6 +448,5 @@ if __name__ == "__main__":
     else:
         results = compare(args)
         if args.output:
-            Path(args.output).write_text(
-                json.dumps({"args": asdict(args), "results": results}, indent=1)
-            )
+            content = {"args": asdict(args), "results": results}
+            Path(args.output).write_text(json.dumps(content, indent=1))

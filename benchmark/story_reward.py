@@ -2,21 +2,9 @@
 
 import re
 
-HAPPY = {
-    "happy",
-    "smiled",
-    "smile",
-    "laughed",
-    "fun",
-    "love",
-    "loved",
-    "friends",
-    "friend",
-    "hug",
-    "hugged",
-    "proud",
-    "glad",
-}
+HAPPY = set(
+    "happy smiled smile laughed fun love loved friends friend hug hugged proud glad".split()
+)
 
 
 def happy(prompts: list[str], responses: list[str]) -> list[float]:

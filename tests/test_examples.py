@@ -1,4 +1,4 @@
-"""The changes of p3o_v2.py in docs/examples: they apply as they are, and what they make of it runs and is right."""
+"""The diffs in docs/examples: they apply as they are, and the scripts that they make are right."""
 
 import importlib.util
 import json
@@ -24,18 +24,23 @@ LONG = "--prompts-per-update 8 --minibatch-size 8 --micro-batch-size 2 --num-epo
 LONG += "--eval-prompts 8 --eval-every 1 --max-response-tokens 48".split()
 
 
+def original(diff):
+    """The script that a diff changes."""
+    return ROOT / diff.read_text().split(maxsplit=2)[1]
+
+
 def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
-    """A folder with p3o_v2.py and a changed copy for each diff, named as the diff is."""
+    """A folder with p3o_v2.py, grpo.py and a changed copy for each diff, named as the diff is."""
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "tiny").symlink_to(ROOT / "tiny")
-    shutil.copy(ROOT / "p3o_v2.py", folder)
     for diff in DIFFS:
-        mine = shutil.copy(ROOT / "p3o_v2.py", folder / f"{diff.stem}.py")
+        shutil.copy(original(diff), folder)
+        mine = shutil.copy(original(diff), folder / f"{diff.stem}.py")
         subprocess.run(["patch", "--silent", mine, diff], check=True)
     return folder
 
@@ -48,14 +53,17 @@ def module(script):
 
 
 def test_the_examples_are_these():
-    assert [diff.stem for diff in DIFFS] == ["dataset", "fsdp2", "lora", "rebel", "reward"]
+    names = [diff.stem for diff in DIFFS]
+    assert names == ["dataset", "dr_grpo", "fsdp2", "lora", "rebel", "reward"]
 
 
 @pytest.mark.parametrize("diff", DIFFS, ids=lambda diff: diff.stem)
 def test_a_diff_applies_exactly(diff):
-    command = ["patch", "--dry-run", "p3o_v2.py", diff]
+    name = original(diff).name
+    assert diff.read_text().startswith(f"--- {name}\n+++ {name}\n")
+    command = ["patch", "--dry-run", name, diff]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert said.stdout == "checking file p3o_v2.py\n"  # else: an offset, or fuzz
+    assert said.stdout == f"checking file {name}\n"  # else: an offset, or fuzz
 
 
 @pytest.mark.parametrize("diff", DIFFS, ids=lambda diff: diff.stem)
@@ -65,7 +73,6 @@ def test_a_changed_script_is_as_neat_as_the_original(diff, scripts):
         ruff = [sys.executable, "-m", "ruff", *command.split(), *config]
         said = subprocess.run(ruff, capture_output=True, text=True)
         assert said.returncode == 0, said.stdout
-    assert diff.read_text().startswith("--- p3o_v2.py\n+++ p3o_v2.py\n")
 
 
 # --------------------------------------------------------------------------- data and rewards
@@ -128,6 +135,50 @@ def test_rebel_runs(scripts, tmp_path):
     run(scripts / "rebel.py", *SHORT, "--num-updates", 2, "--output-dir", "run", cwd=tmp_path)
     assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
     AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+
+
+# ------------------------------------------------------------------------------------ Dr. GRPO
+def test_dr_grpo_takes_two_lines_away():
+    changed = [row for row in DIFFS[1].read_text().splitlines()[2:] if row[0] in "+-"]
+    assert [row.split(" = ")[0].split() for row in changed] == [["-", "sums"], ["-", "advantages"]]
+
+
+def test_the_loss_of_dr_grpo_is_the_mean_over_responses_of_the_sums_over_tokens(scripts):
+    torch.manual_seed(1)
+    logprobs, old, ref = -torch.rand(3, 4, 3, 9, dtype=torch.float64)  # 4 prompts, 3 responses
+    advantages, lengths = torch.randn(4, 3), torch.randint(1, 10, (4, 3))
+    mask = torch.arange(9) < lengths[..., None]
+    sums = []
+    for b in range(4):
+        for k in range(3):
+            total = 0.0
+            for t in range(lengths[b, k]):
+                ratio = (logprobs[b, k, t] - old[b, k, t]).exp()
+                h = ref[b, k, t] - logprobs[b, k, t]
+                gain = torch.min(advantages[b, k] * ratio, advantages[b, k] * ratio.clamp(0.8, 1.2))
+                total += 0.3 * (h.exp() - h - 1) - gain
+            sums.append(total)
+    loss, _ = module(scripts / "dr_grpo.py").policy_loss(
+        logprobs, old, ref, advantages, mask, 0.3, 0.2
+    )
+    assert_close(loss, sum(sums) / 12)
+
+
+@pytest.mark.parametrize("name, factor", [("grpo", 1), ("dr_grpo", 10)])
+def test_dr_grpo_does_not_divide_rewards_by_their_deviation(name, factor, scripts, tmp_path):
+    """Rewards ten times as large make its first gradient ten times as large, but not GRPO's."""
+    (tmp_path / "rewards.py").write_text(
+        "def one(prompts, responses):\n    return [float(len(y)) for y in responses]\n"
+        "def ten(prompts, responses):\n    return [10.0 * len(y) for y in responses]\n"
+    )
+    norms = []
+    for reward in ("one", "ten"):
+        options = ["--reward-fn", f"rewards.py:{reward}", "--beta", 0, "--num-updates", 2]
+        run(scripts / f"{name}.py", *SHORT, *options, "--output-dir", reward, cwd=tmp_path)
+        rows = lines(tmp_path / reward / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [1, 2]
+        norms.append(rows[0]["grad_norm"])
+    assert norms[1] / norms[0] == pytest.approx(factor, rel=1e-3)
 
 
 # --------------------------------------------------------------------------------------- LoRA

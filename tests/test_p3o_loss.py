@@ -1,212 +1,195 @@
-"""The loss of P3O-V2, and the reward pipeline in p3o_v1.py, against the formulas, written out here in plain float64."""
+"""The losses of P3O-V1, P3O-V2 and RLOO against their formulas, and the properties they share."""
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
+from test_losses import (
+    CLOSE,
+    R,
+    assert_formula,
+    clip,
+    clipped_loss,
+    deviation,
+    each_clip_range,
+    gradients_of,
+    loss_and_gradients,
+    mean,
+    normal,
+    random_labelled,
+    random_pairs,
+    ratio_metrics,
+)
 
-from p3o_v1 import centre_and_scale
-from p3o_v2 import pairwise_loss
+import dpo
+import grpo
+import p3o_v1
+import p3o_v2
+import ppo
+import rloo
 
-R = 10.0
-CLOSE = {"rtol": 1e-10, "atol": 1e-10}
-
-
-def random_batch(B, K, seed=0, spread=0.3, dtype=torch.float64):
-    """log π_θ, log π_old, log π_ref, rewards; `spread` is how far π_θ has moved away from π_old, in nats."""
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(4, B, K, dtype=torch.float64, generator=generator).to(dtype)
-    logps = -40 + 10 * normal[0]
-    return logps, logps - spread * normal[1], logps + 10 * normal[2], normal[3]
-
-
-def loss_and_gradient(logps, *others):
-    """pairwise_loss and its gradient with respect to log π_θ."""
-    logps = logps.clone().requires_grad_()
-    loss, _ = pairwise_loss(logps, *others)
-    return loss.detach(), torch.autograd.grad(loss, logps)[0]
-
-
-def plain(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_bound):
-    """The formulas of P3O-V2, a pair at a time: the value, the gradient, and (q, w, Δ, is it clipped) of every pair."""
-    l, old, ref, r = (x.tolist() for x in (logps, old_logps, ref_logps, rewards))
-    B, K = logps.shape
-    pairs = list(itertools.combinations(range(K), 2))
-    value, gradient, seen = 0.0, [[0.0] * K for _ in range(B)], []
-    for b in range(B):
-        for i, j in pairs:
-            q = (r[b][i] - r[b][j]) - beta * ((l[b][i] - ref[b][i]) - (l[b][j] - ref[b][j]))
-            log_ratio_i, log_ratio_j = l[b][i] - old[b][i], l[b][j] - old[b][j]
-            w = min(
-                max(math.exp(log_ratio_i) * math.exp(log_ratio_j), 1 / ratio_bound), ratio_bound
-            )
-            delta = log_ratio_i - log_ratio_j
-            loss = -q * w * delta
-            clipped_loss = -q * w * min(max(delta, -clip_range), clip_range) if clip_range else loss
-            is_clipped = clipped_loss > loss
-            value += 0.5 * max(loss, clipped_loss) / (B * len(pairs))
-            if not is_clipped:
-                gradient[b][i] -= 0.5 * q * w / (B * len(pairs))
-                gradient[b][j] += 0.5 * q * w / (B * len(pairs))
-            seen.append((q, w, delta, is_clipped))
-    return value, torch.tensor(gradient, dtype=torch.float64), seen
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ------------------------------------------------------------------------------------------------- against the formulas
+# -------------------------------------------------------------------------------- the formulas
+def pair_q(l, ref, r, i, j, beta):
+    return (r[i] - r[j]) - beta * ((l[i] - ref[i]) - (l[j] - ref[j]))
+
+
+def plain_v1(l, old, ref, r, beta, clip_range, ratio_bound, stopped=None):
+    """P3O-V1 of lists [B][K]. `stopped`: log π_θ in q and w, through which no gradient passes."""
+    losses, clipped, weights = [], [], []
+    for b, stop in enumerate(stopped or l):
+        w = [clip(math.exp(x - y), 1 / ratio_bound, ratio_bound) for x, y in zip(stop, old[b])]
+        for i, j in itertools.combinations(range(len(stop)), 2):
+            q, terms = pair_q(stop, ref[b], r[b], i, j, beta), []
+            for sign, one, other in ((1, i, j), (-1, j, i)):
+                log_ratio = l[b][one] - old[b][one]
+                term, is_clipped = clipped_loss(sign * q * w[other], log_ratio, clip_range)
+                terms.append(term)
+                clipped.append(is_clipped)
+                weights.append(0.5 * sign * q * w[i] * w[j])  # of the pair in either order
+            losses.append(0.5 * sum(terms))
+    return pair_metrics(mean(losses), l, old, clipped, weights)
+
+
+def plain_v2(l, old, ref, r, beta, clip_range, ratio_bound, stopped=None):
+    """P3O-V2 of lists [B][K]. `stopped`: log π_θ in q and w, through which no gradient passes."""
+    losses, clipped, weights = [], [], []
+    for b, stop in enumerate(stopped or l):
+        for i, j in itertools.combinations(range(len(stop)), 2):
+            q = pair_q(stop, ref[b], r[b], i, j, beta)
+            w = math.exp(stop[i] - old[b][i]) * math.exp(stop[j] - old[b][j])
+            w = clip(w, 1 / ratio_bound, ratio_bound)
+            delta = (l[b][i] - old[b][i]) - (l[b][j] - old[b][j])
+            loss = most = -q * w * delta
+            if clip_range:
+                most = max(loss, -q * w * clip(delta, -clip_range, clip_range))
+            losses.append(0.5 * most)
+            clipped.append(most > loss)
+            weights.append(0.5 * q * w)
+    return pair_metrics(mean(losses), l, old, clipped, weights)
+
+
+def pair_metrics(loss, l, old, clipped, weights):
+    log_ratios = [x - y for row, old_row in zip(l, old) for x, y in zip(row, old_row)]
+    metrics = ratio_metrics(loss, log_ratios, clipped)
+    return metrics | {"policy/pair_weight_std": mean(x**2 for x in weights) ** 0.5}
+
+
+def plain_rloo(l, old, ref, r, beta, clip_range):
+    log_ratios, advantages, terms = [], [], []
+    for b, row in enumerate(l):
+        K = len(row)
+        penalised = [r[b][i] - beta * (old[b][i] - ref[b][i]) for i in range(K)]
+        for i in range(K):
+            advantages.append(penalised[i] - mean(penalised[j] for j in range(K) if j != i))
+            log_ratios.append(row[i] - old[b][i])
+            terms.append(clipped_loss(advantages[-1], log_ratios[-1], clip_range))
+    losses, clipped = zip(*terms)
+    metrics = ratio_metrics(mean(losses), log_ratios, clipped)
+    return metrics | {"policy/advantage_std": deviation(advantages)}
+
+
 @pytest.mark.parametrize("K", [2, 3, 4])
-@pytest.mark.parametrize("clip_range", [0.0, 0.2])
-@pytest.mark.parametrize("spread", [0.0, 0.1, 2.0])
-def test_value_gradient_and_metrics_are_those_of_the_formulas(K, clip_range, spread):
-    batch = random_batch(B=20, K=K, spread=spread)
-    options = (0.05, clip_range, R)
-    value, gradient, seen = plain(*batch, *options)
-    found_value, found_gradient = loss_and_gradient(*batch, *options)
-    torch.testing.assert_close(found_value.item(), value, **CLOSE)
-    torch.testing.assert_close(found_gradient, gradient, **CLOSE)
-
-    _, metrics = pairwise_loss(*batch, *options)
-    ratios = (batch[0] - batch[1]).exp()
-    weights = torch.tensor([0.5 * q * w for q, w, _, _ in seen], dtype=torch.float64)
-    expected = {
-        "policy/loss": value,
-        "policy/clipfrac": sum(is_clipped for *_, is_clipped in seen) / len(seen),
-        "policy/pair_weight_mean": weights.mean().item(),
-        "policy/pair_weight_std": weights.std(correction=0).item(),
-        "policy/ratio_mean": ratios.mean().item(),
-        "policy/ratio_max": ratios.max().item(),
-    }
-    torch.testing.assert_close({key: metrics[key].item() for key in expected}, expected, **CLOSE)
+@pytest.mark.parametrize("spread", [0.3, 2.0])
+@pytest.mark.parametrize("name", ["p3o_v1", "p3o_v2", "rloo"])
+@each_clip_range
+def test_a_loss_is_its_formula(name, K, clip_range, spread):
+    """Value, metrics and gradient, pair by pair or response by response."""
+    batch = random_pairs(8, K, spread=spread)
+    if name == "rloo":
+        metrics = assert_formula(rloo.policy_loss, plain_rloo, batch, (0.05, clip_range))
+    else:
+        function, plain = {
+            "p3o_v1": (p3o_v1.pairwise_loss, plain_v1),
+            "p3o_v2": (p3o_v2.pairwise_loss, plain_v2),
+        }[name]
+        plain = partial(plain, stopped=batch[0].tolist())
+        metrics = assert_formula(function, plain, batch, (0.05, clip_range, R))
+    assert (metrics["policy/clipfrac"] > 0) == (clip_range > 0)
 
 
-def test_the_random_batches_meet_every_case():
-    """Both signs of q, products of ratios on both sides of [1/R, R], Δ on both sides of ±ε, clipped or not."""
-    seen = plain(*random_batch(B=20, K=3, spread=2.0), 0.05, 0.2, R)[2]
-    assert {(q > 0, is_clipped) for q, _, _, is_clipped in seen} == set(
-        itertools.product([True, False], repeat=2)
-    )
-    assert {w for _, w, _, _ in seen} >= {R, 1 / R}
-    assert {(q > 0, delta > 0) for q, _, delta, _ in seen if abs(delta) > 0.2} == set(
-        itertools.product([True, False], repeat=2)
-    )
+# -------------------------------------------------------------------- what they have in common
+# name: a function of log π_θ, log π_old, log π_ref, rewards, β and ε
+LOSSES = {
+    "p3o_v1": partial(p3o_v1.pairwise_loss, ratio_bound=R),
+    "p3o_v2": partial(p3o_v2.pairwise_loss, ratio_bound=R),
+    "rloo": rloo.policy_loss,
+}
+each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+each_p3o = pytest.mark.parametrize("loss", [*LOSSES.values()][:2], ids=[*LOSSES][:2])
 
 
-def test_metrics_are_detached_scalars():
-    logps, *others = random_batch(B=4, K=3)
-    loss, metrics = pairwise_loss(logps.requires_grad_(), *others, 0.05, 0.2, R)
-    assert loss.ndim == 0 and loss.requires_grad
-    assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
+@each_loss
+@pytest.mark.parametrize("K", [2, 3])
+def test_what_is_added_to_all_rewards_of_a_prompt_has_no_effect(loss, K):
+    """Property 1: to the bit in P3O where differences are exact, as of multiples of 1/8."""
+    *logps, rewards = random_pairs(8, K, spread=1.0)
+    rewards, shift = (10 * rewards).round() / 8, (1000 * normal(8, 1)).round()
+    expected = loss_and_gradients(loss, [*logps, rewards], (0.05, 0.2))
+    found = loss_and_gradients(loss, [*logps, rewards + shift], (0.05, 0.2))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * (loss is rloo.policy_loss))
+    found = loss_and_gradients(loss, [*logps, rewards + shift / 7], (0.05, 0.2))
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtype_is_kept(dtype):
-    loss, gradient = loss_and_gradient(*random_batch(B=4, K=2, dtype=dtype), 0.05, 0.2, R)
-    assert loss.dtype == gradient.dtype == dtype
+@each_loss
+@pytest.mark.parametrize("order", [[1, 0], [2, 0, 3, 1]])
+@each_clip_range
+def test_another_order_of_responses_only_reorders_their_gradients(loss, order, clip_range):
+    """Property 2: to the bit for two responses."""
+    batch = random_pairs(8, len(order), spread=1.0)
+    value, gradient = loss_and_gradients(loss, batch, (0.05, clip_range))
+    found = loss_and_gradients(loss, [x[:, order] for x in batch], (0.05, clip_range))
+    tolerance = 1e-12 * (len(order) > 2)
+    torch.testing.assert_close(found, (value, gradient[:, order]), rtol=tolerance, atol=tolerance)
 
 
-# ------------------------------------------------------------------------------------------------------- its properties
-@pytest.mark.parametrize("K", [2, 3, 4])
-def test_what_is_added_to_all_scores_of_a_prompt_has_no_effect(K):
-    """Property 1, through the reward pipeline, over several updates: rewards, loss and gradient."""
-    running, shifted_running = [0.0, 0], [0.0, 0]
-    for update in range(3):
-        logps, old_logps, ref_logps, scores = random_batch(B=6, K=K, seed=update)
-        delta = 20 * torch.randn(
-            6, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(update)
-        )
-        rewards, _ = centre_and_scale(scores, running)
-        shifted_rewards, _ = centre_and_scale(scores + delta, shifted_running)
-        torch.testing.assert_close(shifted_rewards, rewards, rtol=0, atol=1e-12)
-        before = loss_and_gradient(logps, old_logps, ref_logps, rewards, 0.05, 0.2, R)
-        after = loss_and_gradient(logps, old_logps, ref_logps, shifted_rewards, 0.05, 0.2, R)
-        torch.testing.assert_close(after, before, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("K", [2, 3, 5])
+@each_clip_range
+def test_before_the_first_step_p3o_and_rloo_have_the_pairwise_policy_gradient(K, clip_range):
+    """Property 3: −½ q ∇(log π_θ(y_1) − log π_θ(y_2)), the mean over prompts and pairs."""
+    logps, _, ref_logps, rewards = random_pairs(6, K)
+    l, ref, r = (x.tolist() for x in (logps, ref_logps, rewards))
+    expected = torch.zeros_like(logps)
+    for b, (i, j) in itertools.product(range(6), itertools.combinations(range(K), 2)):
+        weight = 0.5 * pair_q(l[b], ref[b], r[b], i, j, 0.2) / (6 * math.comb(K, 2))
+        expected[b, i] -= weight
+        expected[b, j] += weight
+    for loss in LOSSES.values():
+        batch = (logps, logps.clone(), ref_logps, rewards)
+        (gradient,) = gradients_of(loss, batch, (0.2, clip_range))
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("K", [2, 4])
-def test_the_invariance_is_exact_where_the_sums_are(K):
-    """Scores in float32 that are small multiples of 1/8, and δ(x) of whole numbers: nothing is rounded."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(-40, 40, (8, K), generator=generator).float() / 8
-    delta = torch.randint(-1000, 1000, (8, 1), generator=generator).float()
-    assert torch.equal(
-        centre_and_scale(scores, [0.0, 0])[0], centre_and_scale(scores + delta, [0.0, 0])[0]
-    )
-
-
-def test_swapping_two_responses_changes_nothing_else():
-    """Property 2; the gradient goes with its response."""
-    batch = random_batch(B=8, K=2, spread=1.0)
-    loss, gradient = loss_and_gradient(*batch, 0.05, 0.2, R)
-    swapped_loss, swapped_gradient = loss_and_gradient(*(x.flip(1) for x in batch), 0.05, 0.2, R)
-    assert swapped_loss == loss
-    assert torch.equal(swapped_gradient.flip(1), gradient)
-
-
-def test_the_order_of_many_responses_does_not_matter():
-    batch = random_batch(B=8, K=4, spread=1.0)
-    order = torch.tensor([2, 0, 3, 1])
-    loss, gradient = loss_and_gradient(*batch, 0.05, 0.2, R)
-    other_loss, other_gradient = loss_and_gradient(*(x[:, order] for x in batch), 0.05, 0.2, R)
-    torch.testing.assert_close((other_loss, other_gradient), (loss, gradient[:, order]), **CLOSE)
-
-
-@pytest.mark.parametrize("clip_range", [0.0, 0.2])
-def test_on_policy_the_gradient_is_the_pairwise_policy_gradient(clip_range):
-    """Property 3: that of PPG and of P3O-V1, whose losses are written here."""
-    logps, _, ref_logps, rewards = random_batch(B=8, K=2)
-    old_logps, beta = logps.clone(), 0.05
-    _, gradient = loss_and_gradient(logps, old_logps, ref_logps, rewards, beta, clip_range, R)
-
-    logps.requires_grad_()
-    h = (logps - ref_logps).detach()
-    q = (rewards[:, 0] - rewards[:, 1]) - beta * (h[:, 0] - h[:, 1])
-    ppg = -0.5 * (q * (logps[:, 0] - logps[:, 1])).mean()
-    torch.testing.assert_close(gradient, torch.autograd.grad(ppg, logps)[0], **CLOSE)
-
-    ratio = (logps - old_logps).exp()
-    w = ratio.detach().clamp(1 / R, R)
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) if clip_range else ratio
-    v1 = 0.5 * (
-        torch.maximum(-q * w[:, 1] * ratio[:, 0], -q * w[:, 1] * clipped[:, 0])
-        + torch.maximum(q * w[:, 0] * ratio[:, 1], q * w[:, 0] * clipped[:, 1])
-    )
-    torch.testing.assert_close(gradient, torch.autograd.grad(v1.mean(), logps)[0], **CLOSE)
-
-
-def test_on_policy_the_gradient_is_that_of_a_regression_on_reward_differences():
-    """Property 4."""
-    logps, _, ref_logps, rewards = random_batch(B=8, K=2)
-    beta = 0.05
-    _, gradient = loss_and_gradient(logps, logps.clone(), ref_logps, rewards, beta, 0.0, R)
+@each_loss
+def test_before_the_first_step_the_gradient_is_that_of_a_regression_on_reward_differences(loss):
+    """Property 4: (1/4β) mean of ((r_1 − r_2) − β (h_1 − h_2))²."""
+    logps, _, ref_logps, rewards = random_pairs(8, 2)
+    (gradient,) = gradients_of(loss, (logps, logps.clone(), ref_logps, rewards), (0.05, 0.2))
     h = logps.requires_grad_() - ref_logps
-    errors = (rewards[:, 0] - rewards[:, 1]) - beta * (h[:, 0] - h[:, 1])
-    regression = errors.square().mean() / (4 * beta)
+    errors = (rewards[:, 0] - rewards[:, 1]) - 0.05 * (h[:, 0] - h[:, 1])
+    regression = errors.square().mean() / (4 * 0.05)
     torch.testing.assert_close(gradient, torch.autograd.grad(regression, logps)[0], **CLOSE)
 
 
-# ----------------------------------------------------------------------------------------- on a policy over 5 responses
+# -------------------------------------------------------------------- on a policy of 4 responses
 def enumerable():
-    """The policy's five logits, log π_old and log π_ref of the responses, their rewards."""
-    normal = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return (
-        normal[0].requires_grad_(),
-        normal[1].log_softmax(0),
-        normal[2].log_softmax(0),
-        2 * normal[3],
-    )
+    """The policy's logits, log π_old, log π_ref and rewards of the responses."""
+    logits, old, ref, rewards = normal(4, 4)
+    return logits.requires_grad_(), old.log_softmax(0), ref.log_softmax(0), 2 * rewards
 
 
-def expected_gradient(logits, old_logps, ref_logps, rewards, beta, clip_range, ratio_bound, K=2):
-    """The mean gradient over all (y_1, …, y_K) drawn from π_old, by an exact sum."""
-    logps, total = logits.log_softmax(0), 0.0
-    for draw in itertools.product(range(5), repeat=K):
+def expected_gradient(loss, K, logits, old_logps, ref_logps, rewards, beta, clip_range):
+    """By the logits, averaged exactly over all K responses drawn from π_old."""
+    logps, average = logits.log_softmax(0), 0.0
+    for draw in itertools.product(range(4), repeat=K):
         row = [x[list(draw)][None] for x in (logps, old_logps, ref_logps, rewards)]
-        total = (
-            total
-            + old_logps[list(draw)].sum().exp()
-            * pairwise_loss(*row, beta, clip_range, ratio_bound)[0]
-        )
-    return torch.autograd.grad(total, logits)[0]
+        average = average + old_logps[list(draw)].sum().exp() * loss(*row, beta, clip_range)[0]
+    return torch.autograd.grad(average, logits)[0]
 
 
 def objective_gradient(logits, ref_logps, rewards, beta):
@@ -216,133 +199,109 @@ def objective_gradient(logits, ref_logps, rewards, beta):
     return torch.autograd.grad(-objective, logits)[0]
 
 
+@each_loss
 @pytest.mark.parametrize("K", [2, 3])
-@pytest.mark.parametrize("clip_range", [0.0, 0.2])
-def test_the_expected_gradient_is_the_objectives(K, clip_range):
-    """Property 5."""
+@each_clip_range
+def test_the_expected_gradient_is_that_of_the_objective(loss, K, clip_range):
+    """Property 5, at π_θ = π_old."""
     logits, _, ref_logps, rewards = enumerable()
-    on_policy = logits.detach().log_softmax(0)
-    found = expected_gradient(logits, on_policy, ref_logps, rewards, 0.3, clip_range, R, K)
+    old_logps = logits.detach().log_softmax(0)
+    found = expected_gradient(loss, K, logits, old_logps, ref_logps, rewards, 0.3, clip_range)
     torch.testing.assert_close(found, objective_gradient(logits, ref_logps, rewards, 0.3), **CLOSE)
 
 
-def test_importance_weights_keep_the_expected_gradient_unbiased_off_policy():
-    """Samples of π_old, no clipping and a bound out of reach: still the gradient at π_θ."""
+@pytest.mark.parametrize("module", [p3o_v1, p3o_v2])
+def test_importance_weights_keep_that_gradient_for_samples_of_another_policy(module):
+    """Without clipping, and with a bound out of reach."""
     logits, old_logps, ref_logps, rewards = enumerable()
-    found = expected_gradient(logits, old_logps, ref_logps, rewards, 0.3, 0.0, 1e9)
+    loss = partial(module.pairwise_loss, ratio_bound=1e9)
+    found = expected_gradient(loss, 2, logits, old_logps, ref_logps, rewards, 0.3, 0.0)
     torch.testing.assert_close(found, objective_gradient(logits, ref_logps, rewards, 0.3), **CLOSE)
 
 
-# ------------------------------------------------------------------------------------------------------ the note's view
-def test_implicit_reward_alone_has_the_notes_gradient():
-    """β = 0 and rewards βh: −(1/2β) δ_r ∇δ_r."""
-    logps, _, ref_logps, _ = random_batch(B=8, K=2)
-    beta = 0.1
-    rewards = beta * (logps - ref_logps)
-    _, gradient = loss_and_gradient(logps, logps.clone(), ref_logps, rewards, 0.0, 0.0, R)
-    h = logps.requires_grad_() - ref_logps
-    delta_r = beta * (h[:, 0] - h[:, 1])
-    expected = torch.autograd.grad(-(delta_r.detach() * delta_r).mean() / (2 * beta), logps)[0]
+# ------------------------------------------------------------------------------- the note's view
+def implicit_reward(logps, ref_logps, beta):
+    """δ_r = β (h_1 − h_2) of pairs [B, 2], and ∇δ_r by log π_θ of the two."""
+    h = logps - ref_logps
+    return beta * (h[:, :1] - h[:, 1:]), beta * torch.tensor([[1.0, -1.0]]).double()
+
+
+@each_p3o
+@each_clip_range
+def test_p3o_has_the_gradient_of_the_note(loss, clip_range):
+    """Before the first step: −(1/2β) (Δr − δ_r) ∇δ_r, and −(1/2β) δ_r ∇δ_r for rewards βh."""
+    logps, _, ref_logps, rewards = random_pairs(8, 2)
+    delta_r, slope = implicit_reward(logps, ref_logps, 0.1)
+    batch = (logps, logps.clone(), ref_logps)
+    (gradient,) = gradients_of(loss, (*batch, rewards), (0.1, clip_range))
+    expected = -((rewards[:, :1] - rewards[:, 1:]) - delta_r) * slope / (2 * 0.1) / 8
     torch.testing.assert_close(gradient, expected, **CLOSE)
+    (gradient,) = gradients_of(loss, (*batch, 0.1 * (logps - ref_logps)), (0.0, clip_range))
+    torch.testing.assert_close(gradient, -delta_r * slope / (2 * 0.1) / 8, **CLOSE)
 
 
-def test_reward_less_implicit_reward_has_the_notes_gradient():
-    """Rewards r: −(1/2β) (Δr − δ_r) ∇δ_r."""
-    logps, _, ref_logps, rewards = random_batch(B=8, K=2)
-    beta = 0.1
-    _, gradient = loss_and_gradient(logps, logps.clone(), ref_logps, rewards, beta, 0.0, R)
-    h = logps.requires_grad_() - ref_logps
-    delta_r = beta * (h[:, 0] - h[:, 1])
-    q = (rewards[:, 0] - rewards[:, 1] - delta_r).detach()
-    expected = torch.autograd.grad(-(q * delta_r).mean() / (2 * beta), logps)[0]
-    torch.testing.assert_close(gradient, expected, **CLOSE)
+def test_dpo_has_the_gradient_of_the_note():
+    """−σ(−δ_r) ∇δ_r."""
+    chosen, rejected, ref_chosen, ref_rejected = inputs = random_labelled(8)
+    found = gradients_of(dpo.preference_loss, inputs, (0.1, 0.0), (0, 1))
+    logps = torch.stack([chosen, rejected], 1), torch.stack([ref_chosen, ref_rejected], 1)
+    delta_r, slope = implicit_reward(*logps, 0.1)
+    torch.testing.assert_close(torch.stack(found, 1), -(-delta_r).sigmoid() * slope / 8, **CLOSE)
 
 
-def test_implicit_reward_alone_pushes_away_from_the_reference():
-    """In expectation its gradient is that of −β KL(π_θ ‖ π_ref)."""
+@each_p3o
+def test_implicit_rewards_alone_push_away_from_the_reference(loss):
+    """Their expected gradient is that of −β KL(π_θ ‖ π_ref)."""
     logits, _, ref_logps, _ = enumerable()
-    logps, beta = logits.detach().log_softmax(0), 0.1
-    found = expected_gradient(logits, logps, ref_logps, beta * (logps - ref_logps), 0.0, 0.0, R)
-    away = -objective_gradient(logits, ref_logps, torch.zeros(5), beta)
+    logps = logits.detach().log_softmax(0)
+    rewards = 0.1 * (logps - ref_logps)
+    found = expected_gradient(loss, 2, logits, logps, ref_logps, rewards, 0.0, 0.0)
+    away = -objective_gradient(logits, ref_logps, torch.zeros(4), 0.1)
     torch.testing.assert_close(found, away, **CLOSE)
 
 
-# ------------------------------------------------------------------------------------------------ clipping and extremes
+# -------------------------------------------------------------------------------------- clipping
+def two_responses(log_ratios, reward):
+    """Responses that have moved from −50 nats by these; the first has a reward, and h is 0."""
+    old = torch.full((1, 2), -50.0, dtype=torch.float64)
+    logps = old + torch.tensor([log_ratios], dtype=torch.float64)
+    return logps, old, logps, torch.tensor([[reward, 0.0]]).double()
+
+
+ALONE = {  # losses that clip the ratio of a response or a token alone; A = (q, −q)
+    "p3o_v1": lambda logps, old, ref, r: LOSSES["p3o_v1"](logps, old, ref, r, 0.0, 0.2),
+    "rloo": lambda logps, old, ref, r: rloo.policy_loss(logps, old, ref, r, 0.0, 0.2),
+    "ppo": lambda logps, old, ref, r: ppo.policy_loss(
+        logps, old, r - r.flip(1), torch.ones_like(r).bool(), 0.2
+    ),
+    "grpo": lambda logps, old, ref, r: grpo.policy_loss(
+        *(x[..., None] for x in (logps, old, ref)), r - r.flip(1), torch.ones(1, 2, 1), 0.0, 0.2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("q", [1.0, -1.0])
+@pytest.mark.parametrize("log_ratio", [-25.0, -0.23, -0.22, 0.0, 0.18, 0.19, 3.0, 25.0])
+def test_a_ratio_stops_where_it_has_moved_far_enough_as_q_wants(name, q, log_ratio):
+    """Never the other way, nor the other response, which V1 weights by this one's ratio.
+
+    log 0.8 = −0.223, log 1.2 = 0.182.
+    """
+    (gradient,) = gradients_of(ALONE[name], two_responses([log_ratio, 0.0], q))
+    stopped = log_ratio > math.log(1.2) if q > 0 else log_ratio < math.log(0.8)
+    expected = 0.0 if stopped else -0.5 * q * math.exp(log_ratio)
+    assert gradient[0, 0].item() == pytest.approx(expected, rel=1e-10)
+    weight = clip(math.exp(log_ratio), 1 / R, R) if name == "p3o_v1" else 1.0
+    assert gradient[0, 1].item() == pytest.approx(0.5 * q * weight, rel=1e-10)
+
+
 @pytest.mark.parametrize("q", [1.0, -1.0])
 @pytest.mark.parametrize("delta", [-3.0, -0.21, -0.19, 0.0, 0.19, 0.21, 3.0])
-def test_clipping_stops_a_pair_that_has_moved_far_enough_the_way_q_wants(q, delta):
-    """And never one that has moved the other way, however far."""
-    logps = torch.tensor([[-5.0 + delta / 2, -5.0 - delta / 2]], dtype=torch.float64)
-    others = torch.full_like(logps, -5.0), logps, torch.tensor([[q, 0.0]], dtype=torch.float64)
-    _, gradient = loss_and_gradient(logps, *others, 0.05, 0.2, R)
-    _, metrics = pairwise_loss(logps, *others, 0.05, 0.2, R)
+def test_p3o_v2_stops_a_pair_that_has_moved_far_enough_as_q_wants(q, delta):
+    """And never one that has moved the other way. w is 1 here: the ratios cancel."""
+    batch = two_responses([delta / 2, -delta / 2], q)
+    (gradient,) = gradients_of(LOSSES["p3o_v2"], batch, (0.0, 0.2))
     stopped = delta > 0.2 if q > 0 else delta < -0.2
-    expected = (
-        torch.zeros(1, 2) if stopped else torch.tensor([[-0.5 * q, 0.5 * q]])
-    )  # w is 1: the ratios cancel
-    torch.testing.assert_close(gradient, expected.double(), **CLOSE)
-    assert metrics["policy/clipfrac"] == stopped
-
-
-def test_clip_range_0_never_stops_a_gradient():
-    batch = random_batch(B=20, K=3, spread=5.0)
-    assert (loss_and_gradient(*batch, 0.05, 0.0, R)[1] != 0).all()
-    assert pairwise_loss(*batch, 0.05, 0.0, R)[1]["policy/clipfrac"] == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("clip_range", [0.0, 0.2])
-def test_extreme_log_probabilities_stay_finite(dtype, clip_range):
-    """Every way for the three sums of two responses to be ±10⁴ nats."""
-    sums = torch.tensor(list(itertools.product([-1e4, 1e4], repeat=6)), dtype=dtype).view(-1, 3, 2)
-    rewards = torch.tensor([10.0, -10.0], dtype=dtype).expand(len(sums), 2)
-    loss, gradient = loss_and_gradient(*sums.unbind(1), rewards, 0.05, clip_range, R)
-    assert loss.isfinite() and gradient.isfinite().all()
-
-
-# -------------------------------------------------------------------------------------------------- the reward pipeline
-@pytest.mark.parametrize("K", [2, 3, 4])
-def test_centre_and_scale_is_centred_over_the_running_root_mean_square_and_clipped(K):
-    """Against plain loops: deviations of all updates, the present one included, K − 1 degrees of freedom."""
-    generator = torch.Generator().manual_seed(K)
-    running, sum_of_squares, degrees = [0.0, 0], 0.0, 0
-    for update in range(4):
-        scores = (update + 1) * torch.randn(5, K, dtype=torch.float64, generator=generator) + 3
-        rewards, scale = centre_and_scale(scores, running)
-        deviations = [[score - sum(row) / K for score in row] for row in scores.tolist()]
-        sum_of_squares += sum(d * d for row in deviations for d in row)
-        degrees += 5 * (K - 1)
-        expected = math.sqrt(sum_of_squares / degrees)
-        assert scale == pytest.approx(expected, rel=1e-12)
-        clipped = [[min(max(d / expected, -10.0), 10.0) for d in row] for row in deviations]
-        torch.testing.assert_close(
-            rewards, torch.tensor(clipped, dtype=torch.float64), rtol=1e-12, atol=1e-12
-        )
-
-
-def test_the_scale_is_an_unbiased_estimate_of_the_standard_deviation_within_prompts():
-    """Prompts of very different means, scores of standard deviation 3 around them."""
-    generator = torch.Generator().manual_seed(0)
-    scores = 100 * torch.randn(20_000, 1, generator=generator) + 3 * torch.randn(
-        20_000, 2, generator=generator
-    )
-    assert centre_and_scale(scores, [0.0, 0])[1] == pytest.approx(3, rel=0.02)
-
-
-@pytest.mark.parametrize("K", [2, 3, 4, 7])
-def test_equal_scores_give_rewards_of_zero(K):
-    """Exactly: a rest of rounding over a root mean square of rounding would be a reward of 1."""
-    running = [0.0, 0]
-    for value in (0.0, 1.7, -3.0, 0.1):
-        rewards, scale = centre_and_scale(torch.full((4, K), value), running)
-        assert (rewards == 0).all() and math.isfinite(scale) and scale > 0
-    rewards, _ = centre_and_scale(torch.tensor([[1.0, -1.0]]), running)
-    assert rewards.isfinite().all() and rewards[0, 0] > 0 > rewards[0, 1]
-
-
-def test_rewards_are_clipped_at_10():
-    scores = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
-    scores[0] = torch.tensor([1e4, -1e4])
-    rewards, _ = centre_and_scale(scores, [0.0, 0])
-    assert rewards[0].tolist() == [10, -10]
-    assert rewards[1:].abs().max() < 1
+    expected = [0.0, 0.0] if stopped else [-0.5 * q, 0.5 * q]
+    torch.testing.assert_close(gradient.tolist(), [expected], **CLOSE)

@@ -1,190 +1,133 @@
-"""Several processes, here two on the CPU started by torchrun: they compute what one does, only the first writes, a
-resume goes on as if nothing had been, and when one process dies all end."""
+"""Two processes, joined by gloo: they take the steps of one, only the first writes, and a job that
+was killed goes on as if nothing had been."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
+import shutil
+import signal
+import socket
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import (
+    EVALUATIONS,
+    EVERY,
+    KILL,
+    OFFLINE,
+    ONLINE,
+    ROOT,
+    TINY,
+    Script,
+    ending,
+    lines,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-LIMIT = 120  # seconds until a test says that a job hangs
-SMALL = "--prompts-per-update 8 --max-response-tokens 48 --eval-prompts 16".split()
-ONE_STEP = [*SMALL, *"--num-updates 1 --num-epochs 1 --minibatch-size 8 --max-grad-norm 0".split()]
-FOUR_UPDATES = [*SMALL, *"--num-updates 4 --num-epochs 1 --minibatch-size 4 --eval-every 2".split()]
-FOUR_UPDATES += "--reward-fn reward.py:f --output-dir run".split()
+import mpo
 
-# Short responses earn more. At call AT, which only the main process makes, it does DO; so a test needs no timing.
-REWARD = """
-import os, signal, time
-calls = 0
-def f(prompts, responses):
-    global calls
-    calls += len(prompts) > 1  # a call with a single prompt looks for the row that raised
-    what = os.environ.get("DO") if calls == int(os.environ.get("AT", 0)) else ""
-    if what == "raise":
-        raise ValueError("no reward today")
-    if what == "stop":
-        os.kill(os.getppid(), signal.SIGTERM)  # torchrun, which sends it to every process
-        time.sleep(2)
-    return [-len(y) / 10 for y in responses]
-"""
-UPDATE_2 = "4"  # the second update's call of the reward: one of the SFT policy's responses, one evaluation, two updates
+# A number of each part of the data, averaged; or drawn by each process alike
+OF_A_PART = r"time/.*|policy/ratio_max|policy/pair_weight_std|val/.*|value/explained.*"
 
 
-def two(script, *args, cwd, **env):
-    """A script in two processes: (torchrun's exit code, what all said). It must end by itself."""
-    path = script if str(script).endswith(".py") else ROOT / f"{script}.py"
-    env = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        **env,
-    }
-    with open(cwd / "said.txt", "w+") as said:
-        command = [*TORCHRUN, str(path), *map(str, args)]
-        job = subprocess.Popen(command, cwd=cwd, env=env, stdout=said, stderr=subprocess.STDOUT)
-        try:
-            code = job.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            job.terminate()  # it takes its processes with it
-            job.wait()
-            pytest.fail(f"still running after {LIMIT} s: {Path(said.name).read_text()}")
-        said.seek(0)
-        return code, said.read()
+def start_two(script, *args, cwd):
+    """Both of two processes, as a launcher would start them."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [Script(script, *args, cwd=cwd, **address, **rank) for rank in ranks]
 
 
-def run_two(*args, **kwargs):
-    code, said = two(*args, **kwargs)
-    assert code == 0, said
-    assert "Traceback" not in said
-    return said
+def run_two(*args, cwd):
+    """Run a script in two processes to their ends. Returns what they said."""
+    found = [process.wait() for process in start_two(*args, cwd=cwd)]
+    for code, said in found:
+        assert code == 0 and "Traceback" not in said, said
+    return [said for _, said in found]
 
 
-def lines(file):
-    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+def assert_same(found, expected, left_out=()):
+    """Rows of logs are equal but for rounding."""
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    for row, other in zip(found, expected):
+        for key in row:
+            if not re.fullmatch(OF_A_PART, key) and key not in left_out:
+                assert row[key] == pytest.approx(other[key], rel=1e-3, abs=1e-4), key
 
 
-def without_times(rows):
-    return [
-        {k: v for k, v in row.items() if not k.startswith("time/") and "_per_second" not in k}
-        for row in rows
-    ]
-
-
-def checkpoint(folder):
-    """What the last checkpoint of a run holds: its weights by name, and the state of Adam."""
-    (last,) = (folder / "checkpoint").iterdir()
-    return torch.load(last / "pytorch_model.bin"), torch.load(last / "optimizer.bin")["state"]
-
-
-def assert_same_numbers(one, both, *names):
-    """Runs in one and in two processes: what they logged, and Adam's mean gradients, agree to 1e-5 relative."""
-    for name in names:
-        expected, found = (without_times(lines(folder / name)) for folder in (one, both))
-        assert found == [pytest.approx(row, rel=1e-5, abs=1e-6) for row in expected]
-    expected, found = checkpoint(one)[1], checkpoint(both)[1]
-    assert expected.keys() == found.keys() and len(expected) > 40
-    pairs = [(expected[i]["exp_avg"], found[i]["exp_avg"]) for i in expected]
-    largest = max(gradient.norm() for gradient, _ in pairs)
-    for (
-        gradient,
-        other,
-    ) in pairs:  # of the bias before a reward model's head: 0, scores are compared
-        assert (gradient - other).norm() <= 1e-5 * max(gradient.norm(), 1e-3 * largest)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """Five rows to learn from, of different lengths, and three held out."""
-    folder = tmp_path_factory.mktemp("rows")
-    for name, count in (("train", 5), ("test", 3)):
-        with open(folder / f"{name}.jsonl", "w") as file:
-            for i in range(count):
-                what = {"train": "a cactus ", "test": "a tree "}[name]
-                prompt = f"\n\nHuman: How can I water {what * (i % 3 + 1)}?\n\nAssistant:"
-                good, bad = f" Give it {'fresh ' * i}water.", " No."
-                row = {"prompt": prompt, "completion": good, "chosen": good, "rejected": bad}
-                file.write(json.dumps(row) + "\n")
-    return folder
-
-
-def test_p3o_takes_the_step_of_one_process(tmp_path):
-    run("p3o_v1", *ONE_STEP, "--output-dir", "one", cwd=tmp_path)
-    run_two("p3o_v1", *ONE_STEP, "--output-dir", "both", cwd=tmp_path)
-    expected, found = (lines(tmp_path / name / "samples.jsonl") for name in ("one", "both"))
-    assert [row["responses"] for row in found] == [row["responses"] for row in expected]
-    assert_same_numbers(tmp_path / "one", tmp_path / "both", "metrics.jsonl")
-
-
-def test_offline_takes_the_steps_of_one_process(rows, tmp_path):
-    """The second of two minibatches has a single row, so that one process has none."""
-    options = ["--num-updates", 2, "--dataset", rows, "--minibatch-size", 4, "--max-grad-norm", 0]
-    options += ["--max-response-tokens", 32]
-    run("dpo", *options, "--output-dir", "one", cwd=tmp_path)
-    run_two("dpo", *options, "--output-dir", "both", cwd=tmp_path)
-    one, both = tmp_path / "one", tmp_path / "both"
-    assert len(lines(both / "metrics.jsonl")) == 2
-    assert_same_numbers(one, both, "metrics.jsonl")
-    weights, others = (checkpoint(folder)[0] for folder in (one, both))
-    for name, weight in weights.items():
-        # Attention does not depend on the bias of its keys: Adam makes steps of what is rounding error.
-        assert (
-            name.endswith("key_value.bias")
-            or (weight - others[name]).norm() <= 1e-5 * weight.norm()
-        ), name
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """(folder, what was said) of a run that nothing stops."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "reward.py").write_text(REWARD)
-    return folder / "run", run_two("p3o_v1", *FOUR_UPDATES, cwd=folder)
-
-
-def test_only_the_first_process_writes(undisturbed):
-    folder, said = undisturbed
-    assert [row["step"] for row in lines(folder / "metrics.jsonl")] == [1, 2, 3, 4]
-    for name in ("frontier.jsonl", "samples.jsonl"):
-        assert [row["step"] for row in lines(folder / name)] == [0, 2, 4]
-    assert len([*folder.glob("events.out.tfevents.*")]) == 1
-    for sentence in (
-        "run folder ",
-        "after 0 updates:",
-        "after 2 updates:",
-        "after 4 updates:",
-        "saved in ",
-    ):
-        assert said.count(sentence) == 1
-
-
-def test_resume_after_sigterm_ends_as_if_nothing_had_been(undisturbed, tmp_path):
-    (tmp_path / "reward.py").write_text(REWARD)
-    code, said = two("p3o_v1", *FOUR_UPDATES, cwd=tmp_path, DO="stop", AT=UPDATE_2)
-    assert code != 0
-    assert "stopped after 2 updates: the same command with --resume goes on" in said
-    assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
-    run_two("p3o_v1", *FOUR_UPDATES, "--resume", cwd=tmp_path)
-    for name in ("metrics.jsonl", "frontier.jsonl", "samples.jsonl"):
-        expected, found = (
-            without_times(lines(folder / name)) for folder in (undisturbed[0], tmp_path / "run")
+@pytest.mark.parametrize("script", EVERY)
+def test_two_processes_take_the_steps_of_one(script, flags, finished, tmp_path):
+    [_, said] = run_two(script, *flags[script], cwd=tmp_path)
+    assert said == ""
+    folder, name = tmp_path / "run", f"{EVALUATIONS[script]}.jsonl"
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+    found, expected = (lines(path / "metrics.jsonl") for path in (folder, finished(script)))
+    if script == "mpo":  # the samples of the reference are others
+        of_samples = ("policy/loss", "policy/ref_sample_logps", "grad_norm")
+        assert_same(found[:1], expected[:1], of_samples)
+        assert len(found) == 4
+    else:
+        assert_same(found, expected)
+    found, expected = (lines(path / name) for path in (folder, finished(script)))
+    if script not in OFFLINE:
+        assert_same(found, expected)
+    elif script != "mpo":  # each process draws alike, so they answer otherwise than one does
+        for row, other in zip(found, expected):
+            assert row["accuracy"] == other["accuracy"]
+    if script in (*ONLINE, *OFFLINE):
+        found, expected = (lines(path / "samples.jsonl") for path in (folder, finished(script)))
+        prompts, others = (
+            sorted((row["step"], row["prompt"]) for row in rows) for rows in (found, expected)
         )
-        assert found == expected
-    for expected, found in zip(checkpoint(undisturbed[0]), checkpoint(tmp_path / "run")):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert prompts == others
 
 
-@pytest.mark.parametrize("do, sentence", [("raise", "--reward-fn reward.py:f: ValueError('no rew")])
-def test_all_end_when_one_dies(do, sentence, tmp_path):
-    (tmp_path / "reward.py").write_text(REWARD)
-    code, said = two("p3o_v1", *FOUR_UPDATES, cwd=tmp_path, DO=do, AT=UPDATE_2)
-    assert code != 0
-    assert sentence in said.replace("\n", " ")
-    assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [1]
+def test_two_processes_of_mpo_take_the_steps_of_one_with_its_samples(
+    disturb, flags, finished, tmp_path
+):
+    moment = (KILL, "os.rename", "checkpoint-000002.part")
+    command = (*moment, ROOT / "mpo.py", *flags["mpo"])
+    code, said = Script(disturb, *command, cwd=tmp_path).wait()
+    assert code == -signal.SIGKILL, said
+    run_two("mpo", *flags["mpo"], "--resume", cwd=tmp_path)
+    assert_same(lines(tmp_path / "run/metrics.jsonl"), lines(finished("mpo") / "metrics.jsonl"))
+
+
+def test_samples_of_the_reference_are_answers_to_their_prompts(flags, finished, data, tmp_path):
+    """In one process and, of uneven shares, in two: most likely after the prompt they belong to."""
+    run_two("mpo", *flags["mpo"], "--ref-samples-per-prompt", 2, "--num-updates", 1, cwd=tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "sft")
+    reference = AutoModelForCausalLM.from_pretrained(TINY / "sft")
+    args = mpo.Args(dataset=str(data), max_response_tokens=16)
+    _, examples, _ = mpo.load_examples(tokenizer, [0], 99, ("chosen", "rejected"), args)
+    examples.sort(key=mpo.prompt_length)
+    for folder, n in ((finished("mpo"), 1), (tmp_path / "run", 2)):
+        ref_logps, samples = torch.load(folder / "reference.pt")
+        assert len(ref_logps) == len(examples) == 21 and len(samples) == 21 * n
+        groups = [[y for [y] in samples[n * i : n * i + n]] for i in range(21)]
+        prompts, pairs = zip(*examples)
+        with torch.no_grad():
+            expected = mpo.response_logps(reference, prompts, pairs, 1.0)
+            own = mpo.response_logps(reference, prompts, groups, 1.0).sum(1)
+            rolled = mpo.response_logps(reference, prompts, groups[1:] + groups[:1], 1.0).sum(1)
+        torch.testing.assert_close(ref_logps, expected, rtol=1e-5, atol=1e-4)
+        assert (own > rolled).double().mean() > 0.8
+
+
+@pytest.mark.parametrize("script", ["p3o_v2", "dpo"])
+def test_a_job_of_two_that_was_killed_goes_on_as_if_nothing_had_been(
+    script, disturb, flags, tmp_path
+):
+    moment = (KILL, "os.rename", "checkpoint-000003.part")
+    command = (*moment, ROOT / f"{script}.py", *flags[script])
+    first, second = start_two(disturb, *command, cwd=tmp_path)
+    code, said = first.wait()
+    assert code == -signal.SIGKILL, said
+    code, said = second.wait()
+    assert code != 0, said  # it does not wait for the first forever
+    assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
     assert not (tmp_path / "run/model").exists()
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    run_two(script, *flags[script], "--resume", cwd=tmp_path)
+    run_two(script, *flags[script], "--output-dir", "undisturbed", cwd=tmp_path)
+    assert ending(tmp_path / "run") == ending(tmp_path / "undisturbed")

@@ -1,151 +1,308 @@
-"""The scripts as their users run them: subprocesses with small sizes, on the tiny world and on local folders."""
+"""Every script as its users run it, with small sizes: what a run leaves, and what settings do."""
 
+import importlib
 import json
+import os
+import re
 import shutil
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import (
+    EVALUATIONS,
+    EVERY,
+    LOSS,
+    OFFLINE,
+    ONLINE,
+    ROOT,
+    SHORT,
+    TINY,
+    Script,
+    build,
+    events_of,
+    lines,
+    run,
+    save,
+    tiny_rows,
+    without_times,
+    write_rows,
+)
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
-import p3o_v1
-
-ROOT = Path(__file__).parent.parent
-TIMES = ("time/", "samples_per_second", "tokens_per_second")
-SMALL = "--num-updates 3 --prompts-per-update 8 --num-epochs 2 --minibatch-size 4 --max-response-tokens 48".split()
-SMALL += "--eval-every 2 --eval-prompts 16".split()
-
-
-def lines(file):
-    return [json.loads(line) for line in Path(file).read_text().splitlines()]
-
-
-def without_times(rows):
-    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
-
-
-@pytest.fixture(scope="module")
-def p3o_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("p3o")
-    run("p3o_v1", *SMALL, cwd=folder)
-    return folder / "runs/p3o_v1/tiny/tiny"
-
-
-def test_run_folder_holds_what_the_readme_says(p3o_run):
-    record = json.loads((p3o_run / "args.json").read_text())
-    assert (
-        record["base_name"] == "tiny"
-        and record["args"]["num_updates"] == 3
-        and "torch" in record["versions"]
-    )
-    assert [row["step"] for row in lines(p3o_run / "metrics.jsonl")] == [1, 2, 3]
-    frontier = lines(p3o_run / "frontier.jsonl")
-    assert [point["step"] for point in frontier] == [0, 2, 3]
-    wanted = {
-        "kl",
-        "kl_se",
-        "kl_k1",
-        "reward",
-        "reward_se",
-        "gold",
-        "length",
-        "eos_rate",
-        "win_rate_vs_sft",
-    }
-    assert all(wanted <= point.keys() for point in frontier)
-    samples = lines(p3o_run / "samples.jsonl")
-    assert all(
-        len(row[key]) == 16 for row in samples for key in ("prompts", "responses", "rewards")
-    )
-    assert list(p3o_run.glob("events.out.tfevents.*"))
+SCORED = (*ONLINE, *OFFLINE)  # they start at the SFT policy, and evaluate by rewards
+GIVEN = ["--reward-fn", "reward.py:f"]
 
 
-def test_policy_starts_at_the_reference_and_leaves_it(p3o_run):
-    start, *_, end = lines(p3o_run / "frontier.jsonl")
-    assert start["kl"] == start["kl_k1"] == 0
-    assert end["kl"] > 0
+def write_reward(folder, result="range(len(prompts))"):
+    (folder / "reward.py").write_text(f"def f(prompts, responses):\n    return {result}\n")
 
 
-def test_ratio_starts_at_one_in_every_update(p3o_run):
-    assert all(row["val/ratio_init_error"] <= 1e-3 for row in lines(p3o_run / "metrics.jsonl"))
+def changed(start, end):
+    """Names of the weights in which two saved models differ."""
+    start, end = (load_file(folder / "model.safetensors") for folder in (start, end))
+    assert {weight.dtype for weight in end.values()} == {torch.float32}
+    return {name for name in start if not torch.equal(start[name], end[name])}
 
 
-def test_saved_policy_loads_anywhere_and_differs_from_its_start(p3o_run):
-    saved = AutoModelForCausalLM.from_pretrained(p3o_run / "model", dtype=torch.float32)
-    start = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/sft", dtype=torch.float32)
-    assert AutoTokenizer.from_pretrained(p3o_run / "model").eos_token_id == 0
-    changed = [not torch.equal(a, b) for a, b in zip(saved.parameters(), start.parameters())]
-    assert all(changed)
+# ---------------------------------------------------------------------------- what a run leaves
+@pytest.mark.parametrize("script", EVERY)
+def test_a_run_leaves_its_settings_logs_and_a_model(script, finished):
+    folder = finished(script)
+    record = json.loads((folder / "args.json").read_text())
+    assert record["script"] == script and record["seed"] == 1 and record["num_updates"] == 4
+    metrics = lines(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    evaluations = lines(folder / f"{EVALUATIONS[script]}.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    events = events_of(folder)
+    for key in metrics[0].keys() - {"step"}:
+        assert [event.step for event in events.Scalars(key)] == [1, 2, 3, 4]
+        found = [event.value for event in events.Scalars(key)]
+        assert found == pytest.approx([row[key] for row in metrics], rel=1e-5, abs=1e-30)
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-000004.pt"]
+    kind = AutoModelForCausalLM
+    if script == "reward_model":
+        kind = AutoModelForSequenceClassification
+    model, info = kind.from_pretrained(folder / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(folder / "model").eos_token_id == 0
+    if script != "sft":  # which starts at random here
+        same = load_file(TINY / "sft/model.safetensors").keys() - changed(
+            TINY / "sft", folder / "model"
+        )
+        assert same <= {"gpt_neox.final_layer_norm.bias"}  # no difference of scores depends on it
 
 
-def test_same_seed_same_numbers(p3o_run, tmp_path):
-    run("p3o_v1", *SMALL, "--output-dir", "again", cwd=tmp_path)
-    for name in ("metrics.jsonl", "frontier.jsonl", "samples.jsonl"):
-        first, again = (without_times(lines(f / name)) for f in (p3o_run, tmp_path / "again"))
-        assert first == again
+@pytest.mark.parametrize("script", EVERY)
+def test_every_key_that_is_logged_is_explained(script, finished):
+    table = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.M)
+    explained = {key for row in table for key in re.findall(r"`([\w/]+)`", row)}
+    for name in ("metrics", EVALUATIONS[script]):
+        row = lines(finished(script) / f"{name}.jsonl")[-1]
+        logged = {re.sub(r"_decile_\d", "_decile_i", key.removesuffix("_se")) for key in row}
+        assert logged - explained == {"step"}
 
 
-LEAN = ["--dtype", "bfloat16", "--gradient-checkpointing", "--unfrozen-layers", 2]
+@pytest.mark.parametrize("script", SCORED)
+def test_a_policy_starts_at_the_reference_and_leaves_it(script, finished):
+    start, *_, end = lines(finished(script) / "frontier.jsonl")
+    assert start["kl"] == 0 and start["win_rate_vs_sft"] == 0.5 and end["kl"] != 0
+    first, *others = lines(finished(script) / "metrics.jsonl")
+    if script in ONLINE:
+        assert abs(start["kl_k1"]) < 1e-5 and end["kl"] > 0 and abs(first["objective/kl"]) < 1e-5
+        assert all(row["val/ratio_init_error"] < 1e-4 for row in (first, *others))
+    else:
+        assert start["accuracy"] == 0.5 and abs(first["rewards/margins"]) < 1e-4
 
 
-@pytest.mark.parametrize("options", [["--clip-range", 0], LEAN])
-def test_variants_run(options, tmp_path):
-    run("p3o_v1", *SMALL, *options, cwd=tmp_path)
-    rows = lines(tmp_path / "runs/p3o_v1/tiny/tiny/metrics.jsonl")
-    assert all(abs(value) < 1e6 for row in rows for value in row.values())
-    if options[0] == "--clip-range":
-        assert all(row["policy/clipfrac"] == 0 for row in rows)
+@pytest.mark.parametrize("script", SCORED)
+def test_samples_are_a_table_of_held_out_answers(script, finished, data):
+    rows = lines(finished(script) / "samples.jsonl")
+    assert [row["step"] for row in rows] == [0] * 4 + [2] * 4 + [4] * 4
+    held_out = {row["prompt"] for row in lines(data / "test.jsonl")}
+    assert {row["prompt"] for row in rows} <= held_out
+    assert len({row["prompt"] for row in rows[:4]}) == 4
+    assert all(row["response"] == row["sft_response"] for row in rows[:4])
 
 
-def test_stages_of_the_second_plan_are_found(tmp_path):
-    """sft.py and reward_model.py on a file of dialogues and a folder model; p3o_v1.py and evaluate.py take up theirs."""
-    base = tmp_path / "models/small"
-    shutil.copytree(ROOT / "tiny/sft", base)
-    start = (
-        "\n\nHuman: Name a number.\n\nAssistant: Which?\n\nHuman: The one after {}.\n\nAssistant:"
-    )
-    starts = [start.format(i) for i in range(60)]
-    rows = [{"chosen": f"{x} It is {i}.", "rejected": f"{x} No."} for i, x in enumerate(starts)]
-    (tmp_path / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--model", "models/small", "--dataset", "numbers.jsonl"]
-    first = [*flags, "--num-updates", 2, "--minibatch-size", 8, "--eval-prompts", 4]
-    run("sft", *first, cwd=tmp_path)
-    run("reward_model", *first, cwd=tmp_path)
-    found = [f"runs/{stage}/numbers.jsonl/small/model" for stage in ("sft", "reward_model")]
-    said = run("p3o_v1", *flags, *SMALL, "--num-updates", 1, cwd=tmp_path)
-    assert found[0] in said and found[1] in said
-    record = json.loads((tmp_path / "runs/p3o_v1/numbers/small/args.json").read_text())
-    assert (record["base_name"], record["policy"], record["reward"]) == ("small", *found)
-    run(
-        "dpo",
-        "--model",
-        found[0],
-        *flags[2:],
-        "--num-updates",
-        1,
-        "--eval-prompts",
-        2,
-        cwd=tmp_path,
-    )
-    assert (
-        tmp_path / "runs/dpo/numbers/small/model"
-    ).is_dir()  # named after the model at the beginning
-    sizes = ["--num-samples", 32, "--eval-prompts", 2, "--max-response-tokens", 8]
-    run("evaluate", "limit", *flags, *sizes, cwd=tmp_path)
-    limit = json.loads((tmp_path / "runs/limit/numbers/small/limit.json").read_text())
-    assert (limit["base_name"], limit["policy"], limit["reward"]) == ("small", *found)
+@pytest.mark.parametrize("script", ONLINE)
+def test_online_scripts_learn_in_a_few_updates(script, tmp_path):
+    """A reward that a few steps can reach: short responses."""
+    write_reward(tmp_path, "[-len(y) / 10 for y in responses]")
+    options = "--num-updates 6 --prompts-per-update 16 --minibatch-size 8 --eval-every 0"
+    options += " --eval-prompts 64 --learning-rate 1e-3 --max-response-tokens 32 --output-dir run"
+    run(script, *options.split(), *GIVEN, cwd=tmp_path)
+    start, end = lines(tmp_path / "run/frontier.jsonl")
+    assert end["reward"] - start["reward"] > 4 * (start["reward_se"] + end["reward_se"])
 
 
-def test_a_stage_of_another_start_is_not_taken(tmp_path, monkeypatch):
-    """The SFT policy's --model, and the --dataset of both, must be the ones that are asked for."""
-    monkeypatch.chdir(tmp_path)
-    for stage, model in (("sft", "pythia-1b"), ("reward_model", "other/pythia-1b")):
-        folder = tmp_path / "runs" / stage / "rows.jsonl/pythia-1b"
-        (folder / "model").mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps({"model": model, "dataset": "rows.jsonl"}))
-    asked = [("EleutherAI/pythia-1b", "rows.jsonl"), ("your/pythia-1b", "rows.jsonl")]
-    asked += [("EleutherAI/pythia-1b", "my/rows.jsonl")]
-    found = [p3o_v1.find_stage(stage, *x) for stage in ("sft", "reward_model") for x in asked]
-    sft, scorer = (f"runs/{x}/rows.jsonl/pythia-1b/model" for x in ("sft", "reward_model"))
-    assert found == [sft, None, None, scorer, scorer, None]
+@pytest.mark.parametrize("script", (*OFFLINE, "sft", "reward_model"))
+def test_other_scripts_learn_from_held_out_data_what_they_should(script, tmp_path):
+    """Here the same rows, so that a few steps suffice."""
+    write_rows(tmp_path / "data/train.jsonl", tiny_rows("train", 24))
+    rows = [{**row, "prompt": f"{row['prompt']} "} for row in tiny_rows("train", 24)]
+    write_rows(tmp_path / "data/test.jsonl", rows)
+    options = "--num-updates 24 --minibatch-size 8 --eval-every 0 --learning-rate 1e-3"
+    options += " --max-response-tokens 32 --dataset data --output-dir run"
+    run(script, *options.split(), cwd=tmp_path)
+    start, end = lines(tmp_path / f"run/{EVALUATIONS[script]}.jsonl")
+    if script == "sft":
+        assert end["sft/eval_loss"] < start["sft/eval_loss"] - 1
+    else:
+        key = "rm/eval_accuracy" if script == "reward_model" else "accuracy"
+        assert end[key] > 0.9 > start[key]
+
+
+# ------------------------------------------------------------------------------ memory, precision
+@pytest.mark.parametrize("script", EVERY)
+def test_checkpointing_and_micro_batches_change_rounding_only(script, flags, finished, tmp_path):
+    more = ["--gradient-checkpointing", "--micro-batch-size", 1, "--num-updates", 1]
+    run(script, *flags[script], *more, cwd=tmp_path)
+    [found] = without_times(lines(tmp_path / "run/metrics.jsonl"))
+    expected = lines(finished(script) / "metrics.jsonl")[0]
+    of_a_part = r"lr|val/.*|policy/ratio_max|policy/pair_weight_std|value/(clip|explained).*"
+    for key in found:
+        if not re.fullmatch(of_a_part, key):
+            assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize("script", EVERY)
+def test_in_bfloat16_only_the_last_layer_changes(script, flags, tmp_path):
+    """If it alone is trained; the policy starts at the reference to the bit."""
+    more = f"--model {TINY}/sft --dtype bfloat16 --unfrozen-layers 1 --num-updates 1".split()
+    if script in SCORED:
+        more += ["--reward-model", TINY / "reward_model"]
+    if script in ONLINE:
+        more += ["--num-epochs", 1]
+    run(script, *flags[script], *more, cwd=tmp_path)
+    [row] = lines(tmp_path / "run/metrics.jsonl")
+    if script in SCORED:
+        start, end = lines(tmp_path / "run/frontier.jsonl")
+        assert start["kl"] == 0 != end["kl"]
+    if script in ONLINE:
+        assert row["objective/kl"] == 0 and row["val/ratio_init_error"] < 0.5
+        assert row.get("policy/ratio_max", 1) == 1
+    names = changed(TINY / "sft", tmp_path / "run/model")  # its head is its embedding
+    assert names == {name for name in names if ".layers.3." in name} != set()
+
+
+@pytest.mark.parametrize("script", EVERY)
+def test_bfloat16_changes_little(script, flags, finished, tmp_path):
+    run(script, *flags[script], "--dtype", "bfloat16", "--num-updates", 1, cwd=tmp_path)
+    [found] = lines(tmp_path / "run/metrics.jsonl")
+    expected = lines(finished(script) / "metrics.jsonl")[0][LOSS[script]]
+    assert found[LOSS[script]] == pytest.approx(expected, rel=0.05, abs=0.02)
+
+
+def test_only_the_last_layer_and_an_untied_head_change(data, tmp_path):
+    save(build("gpt_neox", "policy", seed=1, vocab_size=768), tmp_path / "untied")
+    write_reward(tmp_path)
+    options = [*SHORT["p3o_v2"], "--model", "untied", *GIVEN, "--dataset", data]
+    options += ["--unfrozen-layers", 1, "--num-updates", 1, "--output-dir", "run"]
+    run("p3o_v2", *options, cwd=tmp_path)
+    names = load_file(tmp_path / "untied/model.safetensors").keys()
+    expected = {name for name in names if ".layers.1." in name or "embed_out" in name}
+    assert changed(tmp_path / "untied", tmp_path / "run/model") == expected != set()
+
+
+# ------------------------------------------------------------------------ models and data forms
+def text_of(tokens, number):
+    """A text of so many tokens of the embedded world's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "sft")
+    ids = tokenizer(" Wash the window." * 40).input_ids
+    end = tokenizer(f" {number}.").input_ids
+    text = tokenizer.decode(ids[: tokens - len(end)] + end)
+    assert len(tokenizer(text).input_ids) == tokens
+    return text
+
+
+@pytest.mark.parametrize("script", EVERY)
+def test_learned_positions_are_used_to_the_last_and_never_beyond(script, tmp_path):
+    """64 of them: 16 for the response, 48 for the prompt; one prompt more is too long.
+
+    One prompt is held out: there is no standard error then, but what is logged is JSON.
+    """
+    save(build("gpt2", "policy", seed=1, vocab_size=768), tmp_path / "gpt2")
+    write_reward(tmp_path)
+    rows = []
+    for number, length in enumerate([48, 48, 48, 9, 47, 48, 49]):
+        answers = {"completion": " Wash it." * 9, "chosen": " Wash." * 12, "rejected": " No."}
+        rows.append({"prompt": text_of(length, number), **answers})
+    write_rows(tmp_path / "data/train.jsonl", rows[1:])
+    write_rows(tmp_path / "data/test.jsonl", rows[:1])
+    options = [*SHORT[script], "--num-updates", 2, "--max-response-tokens", 16, "--model", "gpt2"]
+    if script in ONLINE:
+        options += [*GIVEN, "--missing-eos-penalty", 1]
+    said = run(script, *options, "--dataset", "data", "--output-dir", "run", cwd=tmp_path)
+    [counted] = [line for line in said.splitlines() if line.startswith("training")]
+    if script in ONLINE:
+        # Kept, rows, repeated, otherwise dropped, too long, the limit
+        assert re.findall(r"\d+", counted) == ["5", "6", "0", "0", "1", "48"]
+    else:
+        assert "5 examples" in counted and "prompts of more than 48 tokens dropped': 1" in counted
+    assert len(lines(tmp_path / "run/metrics.jsonl")) == 2
+    evaluations = lines(tmp_path / f"run/{EVALUATIONS[script]}.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2]
+
+
+@pytest.mark.parametrize("script", ONLINE)
+def test_a_model_whose_training_ignores_its_window_is_refused(script, data, tmp_path):
+    """Sampling forgets what is outside, training does not."""
+    save(build("mistral", "policy", seed=1, vocab_size=768), tmp_path / "mistral")
+    write_reward(tmp_path)
+    options = [*SHORT[script], "--model", "mistral", *GIVEN, "--dataset", data]
+    said = run(script, *options, cwd=tmp_path, code=2)
+    assert "--model mistral" in said.rpartition(f"{script}.py: ")[2]
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_stages_find_each_other_on_dialogues(tmp_path):
+    """For a folder model that is not tiny, and a file in HH's form without a held-out split."""
+    shutil.copytree(TINY / "sft", tmp_path / "models/small")
+    rows = []
+    for i in range(40):
+        start = f"\n\nHuman: Name a number.\n\nAssistant: Which?\n\nHuman: {i} + 1\n\nAssistant:"
+        rows.append({"chosen": f"{start} It is {i + 1}.", "rejected": f"{start} No."})
+    write_rows(tmp_path / "numbers.jsonl", rows)
+    common = "--model models/small --dataset numbers.jsonl --num-updates 3".split()
+    records = {}
+    for script in ("sft", "reward_model", "p3o_v2", "dpo"):
+        run(script, *SHORT[script], *common, cwd=tmp_path)
+        folder = tmp_path / f"runs/{script}/numbers.jsonl/small"
+        records[script] = json.loads((folder / "args.json").read_text())
+        assert changed(tmp_path / "models/small", folder / "model")
+    assert records["sft"]["policy"] == "models/small"
+    for script in ("reward_model", "p3o_v2", "dpo"):
+        assert records[script]["policy"] == "runs/sft/numbers.jsonl/small/model"
+    for script in ("p3o_v2", "dpo"):
+        assert records[script]["reward"] == "runs/reward_model/numbers.jsonl/small/model"
+        samples = lines(tmp_path / f"runs/{script}/numbers.jsonl/small/samples.jsonl")
+        assert all(row["prompt"].endswith("+ 1\n\nAssistant:") for row in samples)
+    # Another dataset has no stages before it, and the policy is --model itself.
+    write_rows(tmp_path / "others.jsonl", rows)
+    said = run("p3o_v2", *common, "--dataset", "others.jsonl", cwd=tmp_path, code=2)
+    assert "reward_model.py" in said.rpartition("p3o_v2.py: ")[2]
+
+
+@pytest.mark.parametrize("result, code", [("[0.0]", 2), ("1 / 0", 1)])
+def test_a_reward_function_that_goes_wrong_ends_the_run(result, code, flags, tmp_path):
+    """Wrong numbers in a sentence; an exception in a traceback into the file of its author."""
+    write_reward(tmp_path, result)
+    found, said = Script("p3o_v2", *flags["p3o_v2"], *GIVEN, cwd=tmp_path).wait()
+    assert found == code, said
+    assert ("Traceback" in said and "reward.py" in said) == (code == 1)
+    assert ("p3o_v2.py: the reward function" in said) == (code == 2)
+
+
+def test_weights_that_are_no_numbers_any_more_end_the_run(flags, tmp_path):
+    options = [*flags["dpo"], "--learning-rate", 1e30, "--max-grad-norm", 0]
+    said = run("dpo", *options, cwd=tmp_path, code=2)
+    assert "--learning-rate" in said.rpartition("dpo.py: ")[2]
+    found = [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
+    assert found == ["checkpoint-000001.pt"]
+
+
+# ------------------------------------------------------------------------------ the command line
+@pytest.mark.parametrize("script", EVERY)
+def test_help_tells_every_flag(script, tmp_path):
+    said = run(script, "--help", cwd=tmp_path)
+    for name in vars(importlib.import_module(script).Args()):
+        assert f"--{name.replace('_', '-')}" in said
+
+
+def test_track_logs_to_weights_and_biases_without_a_network(data, tmp_path):
+    """In a process of its own: W&B ends its run when the interpreter exits."""
+    options = [*SHORT["p3o_v2"], "--dataset", data, "--num-updates", 1, "--track"]
+    command = [sys.executable, ROOT / "p3o_v2.py", *map(str, options)]
+    environment = {**os.environ, "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    (kept,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"objective/reward" in kept.read_bytes() and b"prompts_per_update" in kept.read_bytes()

@@ -1,7 +1,8 @@
-"""The embedded data, from a seed: preference pairs with demonstrations as JSONL, and the tokenizer for them.
+"""The embedded data, from a seed: preference pairs with demonstrations, and the tokenizer for them.
 
-A pair is two answers to one prompt that clearly differ; its label is noisy as people are, a Bradley-Terry draw from the
-gold reward: the first is chosen with probability sigmoid(CERTAINTY * (its gold reward - the other's)).
+A pair is two answers to one prompt that clearly differ. Its label is noisy as people are, a
+Bradley-Terry draw from the gold reward: the first is chosen with probability
+sigmoid(CERTAINTY * (its gold reward - the other's)).
 """
 
 import json
@@ -17,15 +18,13 @@ import grammar
 
 TRAIN_ROWS, TEST_ROWS = 12_000, 2_000
 TEST_PROMPTS_PER_TOPIC = 10  # of 40; no prompt is in both files
-CLEAR = (
-    2.0  # people are asked about two answers only where their gold rewards differ by this or more
-)
+CLEAR = 2.0  # people are asked about two answers whose gold rewards differ by this or more
 CERTAINTY = 0.7  # the log-odds of a label are this times that difference
 VOCAB_SIZE = 768
 
 
 def make_row(prompt: str, rng: random.Random) -> dict[str, str]:
-    """A demonstration and a labelled pair of two clearly different answers, all drawn from the grammar."""
+    """A demonstration and a labelled pair of clearly different answers, drawn from the grammar."""
     completion, first = grammar.sample_response(prompt, rng), grammar.sample_response(prompt, rng)
     difference = 0.0
     while abs(difference) < CLEAR:
@@ -38,13 +37,14 @@ def make_row(prompt: str, rng: random.Random) -> dict[str, str]:
 
 
 def write_data(folder: str | Path, seed: int) -> list[str]:
-    """Write train.jsonl and test.jsonl; the same seed gives the same bytes. Returns the texts of train.jsonl."""
+    """Write train.jsonl and test.jsonl, from the same seed the same bytes.
+
+    Returns the texts of train.jsonl.
+    """
     rng = random.Random(seed)
-    prompts = {"train": [], "test": []}
+    prompts, every = {"train": [], "test": []}, grammar.all_prompts()
     for topic in grammar.TOPICS:
-        of_topic = [
-            prompt for prompt in grammar.all_prompts() if grammar.read_prompt(prompt)[0] == topic
-        ]
+        of_topic = [prompt for prompt in every if grammar.read_prompt(prompt)[0] == topic]
         rng.shuffle(of_topic)
         prompts["test"] += of_topic[:TEST_PROMPTS_PER_TOPIC]
         prompts["train"] += of_topic[TEST_PROMPTS_PER_TOPIC:]
@@ -56,15 +56,14 @@ def write_data(folder: str | Path, seed: int) -> list[str]:
         rows[split] = [make_row(prompt, rng) for prompt in dealt]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
         (Path(folder) / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
-    return [
-        row["prompt"] + row[key]
-        for row in rows["train"]
-        for key in ("completion", "chosen", "rejected")
-    ]
+    texts = []
+    for row in rows["train"]:
+        texts += [row["prompt"] + row[key] for key in ("completion", "chosen", "rejected")]
+    return texts
 
 
 def write_tokenizer(folder: str | Path, texts: list[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on the texts and save it; it adds no special token of its own to a text."""
+    """Train a byte-level BPE tokenizer on the texts and save it. It adds no token to a text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

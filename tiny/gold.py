@@ -1,14 +1,20 @@
-"""The true preference of the embedded world: what people there really want, known exactly because we wrote it.
+"""The true preference of the embedded world: what people there really want.
 
-An answer is better the more of what was asked for it gives, politely and without waste. A polite opening is worth about
-a step, a rude one costs as much, and none at all costs half of that. Each different step on the prompt's topic earns
-points up to the number the prompt wants (1 for "Be brief.", 4 for "Give all the steps.", else 2), the first most of
-all, and an answer with none of them costs; a step after one that it should precede costs, and so does each sentence off
-the topic, be it small talk or a step of another topic. A good closing is worth a bit, a bad one costs. Only a first
-sentence can open and only a last one can close: openings and closings elsewhere are superfluous and cost. Brevity:
-everything between opening and closing beyond the number of steps wanted costs per sentence, whatever it is, so a fine
-step too many costs too. Saying a sentence again costs each time. Text that is no sentence of this world costs per piece
-and per character. Saying nothing is worst of all.
+An answer is better the more it gives of what was asked for, politely and without waste.
+
+* Opening: a polite one is worth about a step, a rude one costs as much, none costs half of that.
+* Steps: each different step on the prompt's topic earns points up to the number that the prompt
+  wants (1 for "Be brief.", 4 for "Give all the steps.", else 2), the first most of all. An answer
+  with none of them costs.
+* Order: a step after one that it should precede costs.
+* Off topic: each such sentence costs, be it small talk or a step of another topic.
+* Closing: a good one is worth a bit, a bad one costs. Only a first sentence can open and only a
+  last one can close. Openings and closings elsewhere are superfluous and cost.
+* Brevity: every sentence between opening and closing beyond the number of steps wanted costs,
+  whatever it is, so a fine step too many costs, too.
+* Repetition: saying a sentence again costs each time.
+* Other text that is no sentence of this world costs per piece and per character.
+* Saying nothing is worst of all.
 """
 
 import grammar
@@ -27,7 +33,7 @@ WORST, EMPTY = -19.0, -20.0  # the lowest an answer can get; no answer
 
 
 def gold_reward(prompts: list[str], responses: list[str]) -> list[float]:
-    """The true reward of each response to its prompt, defined for any text; see the paragraph at the top."""
+    """The true reward of each response to its prompt, defined for any text; see the top."""
     return [_gold(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
@@ -40,9 +46,7 @@ def _gold(prompt: str, response: str) -> float:
     opening = body.pop(0)[1] if body[0][0] == "opening" else None
     closing = body.pop()[1] if body and body[-1][0] == "closing" else None
     steps = [value for kind, value, _ in body if kind == "step"]
-    own = list(
-        dict.fromkeys(index for t, index in steps if t == topic)
-    )  # each once, in order of appearance
+    own = list(dict.fromkeys(index for t, index in steps if t == topic))  # each once, in order
     unknown = [text for kind, _, text in body if kind == "unknown"]
 
     score = OPENING[opening] + CLOSING[closing]

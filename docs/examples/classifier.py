@@ -1,19 +1,21 @@
-r"""A reward model that has other tokens than the policy, as most on the hub, for --reward-fn: it reads text.
+r"""A reward model with tokens of its own, as most on the hub have, for --reward-fn: it reads text.
 
     python p3o_v2.py --model pythia-1b --dataset hh --reward-fn docs/examples/classifier.py:score
 
-For another model change NAME in a copy: a run records the file that its reward is from, and no more. It can be any
-sequence classifier with one output, and gets, by what it is,
-* with a chat template: the turns of the dialogue where the prompt has HH's form ("\n\nHuman: …"), else one each. A
-  prompt of messages arrives as the policy's template wrote it, without special tokens: as_read is the place to undo it,
-  and refuses what looks so;
-* an encoder: prompt and response as a pair, as in tokenizer(x, y);
-* a decoder: prompt and response as one text, and nothing after it. Its card says whether that is what it was made for.
+Change NAME in a copy for another model. Any sequence classifier with one output will do. What it
+reads depends on what it is:
+* with a chat template: the turns of the dialogue where the prompt has HH's form ("\n\nHuman: …"),
+  else prompt and response as one turn each. A prompt that prepare_data.py wrote with the policy's
+  chat template arrives without special tokens. `as_read` is the place to take it apart, and refuses
+  what looks like it.
+* an encoder: prompt and response as a pair, as in tokenizer(x, y).
+* another decoder: prompt and response as one text, with nothing after it. Its card says whether
+  that is what it was made for.
 
-One row at a time, so that no other row and no padding changes a score; with several processes, by the first alone.
+It reads one row at a time, so that neither other rows nor padding change a score. With several
+processes each reads the responses to its own prompts.
 """
 
-import os
 import re
 
 import torch
@@ -22,35 +24,41 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 NAME = "Ray2333/gpt2-large-helpful-reward_model"
 tokenizer = AutoTokenizer.from_pretrained(NAME, truncation_side="left")
 model = AutoModelForSequenceClassification.from_pretrained(NAME, dtype=torch.float32)
-if torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
-    model.to("cuda")
+if torch.cuda.is_available():
+    model.to("cuda")  # the device of this process
 if model.config.num_labels != 1:
     raise ValueError(f"{NAME} has {model.config.num_labels} outputs, expected 1, a score")
-model.config.pad_token_id = (
-    None  # of a row alone it is the last token that a decoder is read at, whatever it is
-)
+# Without padding a decoder is read at its last token, whatever that is.
+model.config.pad_token_id = None
 LONGEST = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**30))
-OPTIONS = {
-    "add_special_tokens": not tokenizer.chat_template,
-    "truncation": True,
-    "max_length": LONGEST,
-}
+SPECIAL = {"add_special_tokens": not tokenizer.chat_template}  # a template writes its own
 read = pipeline(
-    "text-classification", model, tokenizer=tokenizer, function_to_apply="none", **OPTIONS
+    "text-classification",
+    model,
+    tokenizer=tokenizer,
+    device=model.device,
+    function_to_apply="none",
+    truncation=True,
+    max_length=LONGEST,
+    **SPECIAL,
 )
 
 
 def as_read(prompt, response):
+    """A row in the form that the model reads."""
     if tokenizer.chat_template:
         if re.match(r"\s*(system|user)\n", prompt):
             raise ValueError(
-                "the prompt is a dialogue as the policy's template wrote it: let as_read take it apart"
+                "the prompt is a dialogue as the policy's template wrote it: "
+                "let as_read take it apart"
             )
         turns = ["Human", prompt, "Assistant", response]
         if prompt.startswith("\n\nHuman:"):
             turns = re.split(r"\n\n(Human|Assistant):", prompt + response)[1:]
-        roles = ["user" if who == "Human" else "assistant" for who in turns[::2]]
-        chat = [{"role": role, "content": said.strip()} for role, said in zip(roles, turns[1::2])]
+        chat = []
+        for who, said in zip(turns[::2], turns[1::2]):
+            role = "user" if who == "Human" else "assistant"
+            chat.append({"role": role, "content": said.strip()})
         return {"text": tokenizer.apply_chat_template(chat, tokenize=False)}
     if hasattr(model, "score"):  # a decoder
         return {"text": prompt + response}
@@ -58,9 +66,9 @@ def as_read(prompt, response):
 
 
 def score(prompts, responses):
+    """The model's score of each response."""
     rows = [as_read(*row) for row in zip(prompts, responses)]
-    special = {"add_special_tokens": OPTIONS["add_special_tokens"]}
-    cut = sum(len(tokenizer(**row, **special).input_ids) > LONGEST for row in rows)
+    cut = sum(len(tokenizer(**row, **SPECIAL).input_ids) > LONGEST for row in rows)
     if cut:
         print(
             f"{cut} of {len(rows)} texts cut on the left to the {LONGEST} tokens that {NAME} reads"
