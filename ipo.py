@@ -1,16 +1,17 @@
 """IPO: Identity Preference Optimization (Azar et al. 2023, 2310.12036).
 
 Learn from labelled pairs by the log-ratio of the policy to the reference, as DPO does, but ask for
-a margin of 1/(2τ) between the chosen and the rejected response instead of ever more. So labels that
-all agree cannot push the policy ever further away from the reference.
+a margin of 1/(2τ) between the chosen and the rejected response, not an ever larger one. So even
+labels that never disagree cannot push the policy ever further away from the reference.
 
     minimise   L = E[ (h_w − h_l − 1/(2τ))² ]
 
     h = log π_θ(y|x) − log π_ref(y|x)      for a prompt x with a chosen response y_w, a rejected y_l
 
-Its optimum maximises E[p(y ≻ y')] − τ KL(π_θ ‖ π_ref), where p is the probability to be preferred.
-For a pair labelled one way with probability p it is h_w − h_l = (2p − 1)/(2τ). log π_ref of all
-pairs is computed once, and kept in the run folder.
+Its optimum maximises E[p(y ≻ y')] − τ KL(π_θ ‖ π_ref), where p is the probability that y is
+preferred to y'. For a pair labelled (y_w, y_l) with probability p, and the other way round with
+1 − p, the optimum has h_w − h_l = (2p − 1)/(2τ). log π_ref of all pairs is computed once, and kept
+in the run folder.
 
     python ipo.py                                          # built-in tiny world, 1 minute on a CPU
     python ipo.py --model pythia-1b                        # TL;DR, one GPU
@@ -64,9 +65,9 @@ def preference_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected
     """
     h_w = chosen_logps - ref_chosen_logps
     h_l = rejected_logps - ref_rejected_logps
-    margins = h_w - h_l
-    loss = (margins - 1 / (2 * tau)).square().mean()
-    margins = tau * margins.detach()
+    difference = h_w - h_l
+    loss = (difference - 1 / (2 * tau)).square().mean()
+    margins = tau * difference.detach()  # of the implicit reward τ h
     metrics = {
         "policy/loss": loss.detach(),
         "rewards/chosen": tau * h_w.detach().mean(),
@@ -190,10 +191,11 @@ def load_model(auto_class, name, device, args, trainable=False):
         raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
     # head_logits applies the head alone, so scaled or capped logits would be wrong.
     head = model.to(device).get_output_embeddings()
-    ids = torch.arange(3, device=device)[None]  # any three tokens
+    x = torch.arange(3, device=device)  # any tokens: a prompt of one, two equal responses of two
     with torch.no_grad():
-        if head and not head(model.base_model(ids)[0]).allclose(model(ids).logits, atol=1e-3):
-            raise UserError(f"{name} scales or caps its logits, which is not supported")
+        _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
+        if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
+            raise UserError(f"{name} scales its logits, or has alibi or recurrence: not supported")
     set_up_model(model, args, trainable)
     return model
 
@@ -230,7 +232,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path).resolve()
+        file = Path(path).absolute()  # load_dataset cannot read a file of "."
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -326,11 +328,6 @@ def load_examples(tokenizer, end_ids, longest, columns, args):
     return *parts, crc
 
 
-def prompt_length(example):
-    """Tokens in the prompt of an example, by which examples are sorted."""
-    return len(example[0])
-
-
 def load_function(spec):
     """The function that "FILE.py:FUNCTION" names."""
     path, _, name = spec.rpartition(":")
@@ -392,16 +389,17 @@ def load_rewards(reward_name, tokenizer, device, args):
 def generate_responses(model, prompts, end_ids, args):
     """Sample a response to each prompt from the whole distribution: B lists of one response.
 
-    The library's `generate` is fast enough here, where little is sampled. Each call has the same
-    random numbers, so that policies are compared by their own differences.
+    The library's `generate` is fast enough for the offline scripts. A batch has the same random
+    numbers in every call, so that policies are compared with less noise. In bfloat16 the logits are
+    rounded, so this samples from π only nearly.
     """
-    torch.manual_seed(args.seed)
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     own_config = model.generation_config
     model.generation_config = GenerationConfig()  # the model's own may have penalties
     responses = []
-    size = 4 * args.micro_batch_size  # without gradients
+    size = 4 * args.micro_batch_size  # without gradients more fits
     for i in range(0, len(prompts), size):
+        torch.manual_seed(args.seed + i)
         batch = prompts[i : i + size]
         inputs = pad(batch).to(model.device)
         mask = pad([torch.ones_like(prompt) for prompt in batch]).to(model.device)
@@ -417,7 +415,7 @@ def generate_responses(model, prompts, end_ids, args):
         )
         for row in output[:, inputs.shape[1] :].cpu():
             is_end = torch.isin(row, torch.tensor(end_ids))
-            responses.append([row[: is_end.cumsum(0).eq(0).sum() + 1]])  # to the first end token
+            responses.append([row[: (~is_end).cumprod(0).sum() + 1]])  # to the first end token
     model.generation_config = own_config
     return responses
 
@@ -502,7 +500,7 @@ def in_batches(function, *columns, batch_size):
 
 # -------------------------------------------------------------------------------------- training
 def lr_factor(step, args):
-    """What --learning-rate is multiplied with at a step, counted from 0."""
+    """The factor of --learning-rate at a step, counted from 0."""
     if step < args.warmup_updates:
         return (step + 1) / args.warmup_updates
     done = (step - args.warmup_updates) / (args.num_updates - args.warmup_updates)
@@ -633,7 +631,7 @@ def main(args):
     saved = find_checkpoint(folder, record, args)
     accelerator.print(
         f"policy        {policy_name}, also the reference\n"
-        f"reward        {reward_name or 'none'}, for evaluation only\n"
+        f"reward        {reward_name or 'none'} (only for evaluation)\n"
         f"dataset       {args.dataset}\n"
         f"learning rate {args.learning_rate:g}\n"
         f"run folder    {folder}{', resumed' if saved else ''}"
@@ -649,15 +647,14 @@ def main(args):
     eval_examples, examples, data_crc = load_examples(
         tokenizer, end_ids, longest, ("chosen", "rejected"), args
     )
-    examples.sort(key=prompt_length)  # batches of like length have less padding
+    examples.sort(key=lambda example: len(example[0]))  # neighbours are of like length
     # One pair of each held-out prompt
     eval_examples = list({tuple(x.tolist()): (x, pair) for x, pair in eval_examples}.values())
     eval_size = min(args.eval_prompts, len(eval_examples)) // world * world
-    eval_examples = sorted(eval_examples[:eval_size], key=prompt_length)[rank::world]
+    eval_examples = eval_examples[rank:eval_size:world]
     eval_prompts = [x for x, _ in eval_examples]
     N = len(examples)
-    epoch_updates = math.ceil(N / args.minibatch_size)
-    args.num_updates = args.num_updates or args.data_epochs * epoch_updates
+    args.num_updates = args.num_updates or math.ceil(args.data_epochs * N / args.minibatch_size)
 
     # Optimizer, and where to start
     optimizer = torch.optim.AdamW(
@@ -681,29 +678,28 @@ def main(args):
     autocast = partial(torch.autocast, device.type, torch.bfloat16, args.dtype == "bfloat16")
 
     def logps_of(model, examples):
-        """log π(y|x) of the responses of examples under a model, [N, K] float64."""
+        """log π(y|x) of the responses of n examples under a model, [n, K] float64."""
         function = partial(response_logps, model, temperature=args.temperature)
         return in_batches(function, *zip(*examples), batch_size=args.micro_batch_size)
 
     def answer(model):
-        """Responses of a model to the held-out prompts, their rewards, and all as text."""
+        """Responses of a model to the held-out prompts, their rewards, and the texts."""
         responses = generate_responses(model, eval_prompts, end_ids, args)
         rewards = {name: function(eval_prompts, responses) for name, function in reward_fns.items()}
         return responses, rewards, decode_texts(tokenizer, eval_prompts, responses)
 
-    # What the reference says of all pairs, which a resumed run finds again, and its responses
+    # log π_ref of all pairs, which a resumed run finds again, and the answers of the reference
     file = folder / "reference.pt"
     with torch.no_grad(), autocast():
         if saved:
-            ref_logps = torch.load(file)
+            ref_logps = torch.load(file, device)
         else:
-            with accelerator.split_between_processes(examples) as share:
-                share_logps = list(logps_of(reference, share).cpu())
-            ref_logps = torch.stack(gather_object(share_logps))  # [N, 2]
-        eval_ref_logps = logps_of(reference, eval_examples)
+            ref_logps = torch.zeros(N, 2, device=device).double()
+            ref_logps[rank::world] = logps_of(reference, examples[rank::world])
+            ref_logps = accelerator.reduce(ref_logps)  # the sum of all shares
+            if is_main:
+                torch.save(ref_logps, file)
         _, sft_rewards, sft_samples = answer(reference)
-    if is_main:
-        torch.save(ref_logps, file)
 
     @torch.no_grad()
     @autocast()
@@ -712,13 +708,13 @@ def main(args):
         reference.to(device)
         responses, rewards, samples = answer(policy)
         answers = list(zip(eval_prompts, responses))
+        # From the sampled tokens alone: the mean of p3o_v2.py's kl with more noise (its kl_k1)
         values = {"kl": logps_of(policy, answers) - logps_of(reference, answers), **rewards}
-        reference.to("cpu")  # not needed while training
         if reward_name:  # a tie counts as half
             values["win_rate_vs_sft"] = (rewards["reward"] - sft_rewards["reward"]).sign() / 2 + 0.5
         values["length"] = torch.tensor([len(y) for [y] in responses])
         values["eos_rate"] = torch.tensor([y[-1] in end_ids for [y] in responses])
-        h = logps_of(policy, eval_examples) - eval_ref_logps  # [N, 2], of chosen and rejected
+        h = logps_of(policy, eval_examples) - logps_of(reference, eval_examples)  # [n, 2]
         values["accuracy"] = 0.5 - h.diff().sign() / 2  # 1 where h_w > h_l, ½ at a tie
         for row, sft_row in zip(samples, sft_samples):
             row["sft_response"] = sft_row["response"]
@@ -726,26 +722,27 @@ def main(args):
 
     if not saved:
         evaluate(0)
-    total = args.num_updates * args.minibatch_size
-    torch.manual_seed(args.seed)
-    passes = [torch.randperm(N) for _ in range(total // N + 1)]
-    batches = torch.cat(passes)[:total].split(args.minibatch_size)
+    torch.manual_seed(args.seed)  # the same order after a resume
+    passes = [torch.randperm(N) for _ in range(args.num_updates * args.minibatch_size // N + 1)]
+    batches = torch.cat(passes).split(args.minibatch_size)
     updates = range(state["update"] + 1, args.num_updates + 1)
     progress = tqdm(updates, disable=None if is_main else True)  # None: on a terminal only
     for update in progress:
         start = time.perf_counter()
         state["update"] = update
+        reference.to("cpu")  # not needed while training
 
         # 1. One optimizer step on a minibatch, cut into micro-batches of pairs of like length
         minibatch = batches[update - 1][rank::world].sort(descending=True).values
         stats = []
         for micro in minibatch.split(args.micro_batch_size):
+            batch = [examples[i] for i in micro]
             with autocast():
-                logps = logps_of(policy, [examples[i] for i in micro])  # [B, 2]
-            logps = torch.cat([logps, ref_logps[micro].to(device)], 1)  # [B, 4]
+                logps = logps_of(policy, batch)  # [B, 2]
+            logps = torch.cat([logps, ref_logps[micro]], 1)  # [B, 4]
             if args.average_logprobs:
-                lengths = [[len(y) for y in examples[i][1]] * 2 for i in micro]
-                logps = logps / torch.tensor(lengths, device=device)
+                lengths = [[len(y) for y in pair] * 2 for _, pair in batch]  # [B, 4]
+                logps /= torch.tensor(lengths, device=device)
             loss, metrics = preference_loss(*logps.T, args.tau)
             (loss * len(micro) / len(minibatch)).backward()
             stats.append(metrics)

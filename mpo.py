@@ -2,7 +2,7 @@
 
 Learn from labelled pairs as a bandit would: which of the two responses to take is an action, its
 probability is a softmax of their log-probabilities, and the label is the reward. What keeps the
-policy near the reference is learned from data, too: responses that the reference gave before
+policy near the reference comes from data, too: responses sampled from the reference before
 training. While it trains, only the policy is needed.
 
     maximise   E[ p_1 ] − β KL(p ‖ p_ref) + τ E[ log π_θ(y) ]     y ~ π_ref, given before training
@@ -10,12 +10,12 @@ training. While it trains, only the policy is needed.
 For a prompt with a chosen response y_w and a rejected one y_l, action 1 takes y_w, action 0 y_l:
 
     z   = log π_θ(y_w|x) − log π_θ(y_l|x)
-    p_1 = σ(z), p_0 = σ(−z)                p_ref is the same of π_ref
+    p_1 = σ(z), p_0 = σ(−z)                p_ref: the same from π_ref
     I_1 = 1, I_0 = 0                       the label
     L   = E[ −I_a p_a + β p_a log(p_a / p_ref,a) ] − τ E[ log π_θ(y) ]
 
-The first expectation is the mean over pairs and both actions (equation 33), half the sum over the
-actions in the objective: τ counts double. log π(y|x) sums over tokens, so z is often large and σ
+The first expectation is the mean over pairs and both actions a (equation 33). That is half the sum
+over actions in the objective, so τ counts double. log π(y|x) sums over tokens, so z is often large and σ
 saturates (policy/saturated_frac); --average-logprobs takes means over the tokens instead.
 
     python mpo.py                                          # built-in tiny world, 2 minutes on a CPU
@@ -69,23 +69,24 @@ def preference_loss(
 
     chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: [B] log π(y|x) in nats under
     π_θ and π_ref, with --average-logprobs per token
-    ref_sample_logps: any shape, log π_θ(y|x) of responses of the reference; beta: β; tau: τ
+    ref_sample_logps: log π_θ(y|x), not π_ref's, of samples of the reference, any shape
+    beta: β; tau: τ
     Returns the scalar loss and a dict of detached scalars.
     """
     z = chosen_logps - rejected_logps
     ref_z = ref_chosen_logps - ref_rejected_logps
-    logp = torch.stack([F.logsigmoid(z), F.logsigmoid(-z)])  # log p_1 and log p_0, [2, B]
-    ref_logp = torch.stack([F.logsigmoid(ref_z), F.logsigmoid(-ref_z)])
+    logp = torch.stack([F.logsigmoid(-z), F.logsigmoid(z)])  # log p_0 and log p_1, [2, B]
+    ref_logp = torch.stack([F.logsigmoid(-ref_z), F.logsigmoid(ref_z)])
     p = logp.exp()
     kl = (p * (logp - ref_logp)).sum(0)  # KL(p ‖ p_ref), [B]
-    loss = (beta * kl - p[0]).mean() / 2 - tau * ref_sample_logps.mean()
+    loss = (beta * kl - p[1]).mean() / 2 - tau * ref_sample_logps.mean()
     p = p.detach()
     margins = (z - ref_z).detach()
-    # −∂L/∂z of a pair, by which ∇(h_w − h_l) is multiplied
+    # −∂L/∂z of a pair, the coefficient of ∇(h_w − h_l)
     pair_weight = p[0] * p[1] * (1 - beta * margins) / 2
     metrics = {
         "policy/loss": loss.detach(),
-        "policy/preference": p[0].mean(),
+        "policy/preference": p[1].mean(),
         "policy/preference_kl": kl.detach().mean(),
         "policy/saturated_frac": (p.max(0).values > 0.999).double().mean(),
         "policy/pair_weight_mean": pair_weight.mean(),
@@ -213,10 +214,11 @@ def load_model(auto_class, name, device, args, trainable=False):
         raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
     # head_logits applies the head alone, so scaled or capped logits would be wrong.
     head = model.to(device).get_output_embeddings()
-    ids = torch.arange(3, device=device)[None]  # any three tokens
+    x = torch.arange(3, device=device)  # any tokens: a prompt of one, two equal responses of two
     with torch.no_grad():
-        if head and not head(model.base_model(ids)[0]).allclose(model(ids).logits, atol=1e-3):
-            raise UserError(f"{name} scales or caps its logits, which is not supported")
+        _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
+        if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
+            raise UserError(f"{name} scales its logits, or has alibi or recurrence: not supported")
     set_up_model(model, args, trainable)
     return model
 
@@ -253,7 +255,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path).resolve()
+        file = Path(path).absolute()  # load_dataset cannot read a file of "."
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -349,11 +351,6 @@ def load_examples(tokenizer, end_ids, longest, columns, args):
     return *parts, crc
 
 
-def prompt_length(example):
-    """Tokens in the prompt of an example, by which examples are sorted."""
-    return len(example[0])
-
-
 def load_function(spec):
     """The function that "FILE.py:FUNCTION" names."""
     path, _, name = spec.rpartition(":")
@@ -415,16 +412,17 @@ def load_rewards(reward_name, tokenizer, device, args):
 def generate_responses(model, prompts, end_ids, args):
     """Sample a response to each prompt from the whole distribution: B lists of one response.
 
-    The library's `generate` is fast enough here, where little is sampled. Each call has the same
-    random numbers, so that policies are compared by their own differences.
+    The library's `generate` is fast enough for the offline scripts. A batch has the same random
+    numbers in every call, so that policies are compared with less noise. In bfloat16 the logits are
+    rounded, so this samples from π only nearly.
     """
-    torch.manual_seed(args.seed)
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     own_config = model.generation_config
     model.generation_config = GenerationConfig()  # the model's own may have penalties
     responses = []
-    size = 4 * args.micro_batch_size  # without gradients
+    size = 4 * args.micro_batch_size  # without gradients more fits
     for i in range(0, len(prompts), size):
+        torch.manual_seed(args.seed + i)
         batch = prompts[i : i + size]
         inputs = pad(batch).to(model.device)
         mask = pad([torch.ones_like(prompt) for prompt in batch]).to(model.device)
@@ -440,7 +438,7 @@ def generate_responses(model, prompts, end_ids, args):
         )
         for row in output[:, inputs.shape[1] :].cpu():
             is_end = torch.isin(row, torch.tensor(end_ids))
-            responses.append([row[: is_end.cumsum(0).eq(0).sum() + 1]])  # to the first end token
+            responses.append([row[: (~is_end).cumprod(0).sum() + 1]])  # to the first end token
     model.generation_config = own_config
     return responses
 
@@ -525,7 +523,7 @@ def in_batches(function, *columns, batch_size):
 
 # -------------------------------------------------------------------------------------- training
 def lr_factor(step, args):
-    """What --learning-rate is multiplied with at a step, counted from 0."""
+    """The factor of --learning-rate at a step, counted from 0."""
     if step < args.warmup_updates:
         return (step + 1) / args.warmup_updates
     done = (step - args.warmup_updates) / (args.num_updates - args.warmup_updates)
@@ -656,7 +654,7 @@ def main(args):
     saved = find_checkpoint(folder, record, args)
     accelerator.print(
         f"policy        {policy_name}, also the reference\n"
-        f"reward        {reward_name or 'none'}, for evaluation only\n"
+        f"reward        {reward_name or 'none'} (only for evaluation)\n"
         f"dataset       {args.dataset}\n"
         f"learning rate {args.learning_rate:g}\n"
         f"run folder    {folder}{', resumed' if saved else ''}"
@@ -672,15 +670,14 @@ def main(args):
     eval_examples, examples, data_crc = load_examples(
         tokenizer, end_ids, longest, ("chosen", "rejected"), args
     )
-    examples.sort(key=prompt_length)  # batches of like length have less padding
+    examples.sort(key=lambda example: len(example[0]))  # neighbours are of like length
     # One pair of each held-out prompt
     eval_examples = list({tuple(x.tolist()): (x, pair) for x, pair in eval_examples}.values())
     eval_size = min(args.eval_prompts, len(eval_examples)) // world * world
-    eval_examples = sorted(eval_examples[:eval_size], key=prompt_length)[rank::world]
+    eval_examples = eval_examples[rank:eval_size:world]
     eval_prompts = [x for x, _ in eval_examples]
     N = len(examples)
-    epoch_updates = math.ceil(N / args.minibatch_size)
-    args.num_updates = args.num_updates or args.data_epochs * epoch_updates
+    args.num_updates = args.num_updates or math.ceil(args.data_epochs * N / args.minibatch_size)
 
     # Optimizer, and where to start
     optimizer = torch.optim.AdamW(
@@ -704,36 +701,39 @@ def main(args):
     autocast = partial(torch.autocast, device.type, torch.bfloat16, args.dtype == "bfloat16")
 
     def logps_of(model, examples):
-        """log π(y|x) of the responses of examples under a model, [N, K] float64."""
+        """log π(y|x) of the responses of n examples under a model, [n, K] float64."""
         function = partial(response_logps, model, temperature=args.temperature)
         return in_batches(function, *zip(*examples), batch_size=args.micro_batch_size)
 
     def answer(model):
-        """Responses of a model to the held-out prompts, their rewards, and all as text."""
+        """Responses of a model to the held-out prompts, their rewards, and the texts."""
         responses = generate_responses(model, eval_prompts, end_ids, args)
         rewards = {name: function(eval_prompts, responses) for name, function in reward_fns.items()}
         return responses, rewards, decode_texts(tokenizer, eval_prompts, responses)
 
-    # What the reference says of all pairs, which a resumed run finds again, and its responses
+    # log π_ref of all pairs, and S responses of the reference to each prompt: found again by a
+    # resumed run, in the order of the examples
+    S = args.ref_samples_per_prompt
     file = folder / "reference.pt"
     with torch.no_grad(), autocast():
         if saved:
             ref_logps, ref_samples = torch.load(file)
         else:
+            accelerator.print(f"{S} samples of the reference to each of {N} prompts ...")
             with accelerator.split_between_processes(examples) as share:
-                share_prompts = [x for x, _ in share for _ in range(args.ref_samples_per_prompt)]
+                share_logps = logps_of(reference, share).cpu()
+                share_prompts = [x for x, _ in share for _ in range(S)]
                 share_samples = generate_responses(reference, share_prompts, end_ids, args)
-                share_logps = list(logps_of(reference, share).cpu())
-            ref_samples = gather_object(share_samples)  # N·S lists of one response
-            ref_logps = torch.stack(gather_object(share_logps))  # [N, 2]
-        eval_ref_logps = logps_of(reference, eval_examples)
+                share_samples = [y.tolist() for [y] in share_samples]  # views of whole batches
+            ref_logps = torch.cat(gather_object([share_logps]))  # [N, 2]
+            ref_samples = gather_object(share_samples)  # N·S lists of token ids
+            if is_main:
+                torch.save((ref_logps, ref_samples), file)
         _, sft_rewards, sft_samples = answer(reference)
-    if is_main:
-        torch.save((ref_logps, ref_samples), file)
+    # Lengths of y_w, y_l, y_w, y_l, by which their log π_θ and log π_ref are divided
     lengths = torch.tensor([[len(y) for y in pair] * 2 for _, pair in examples])  # [N, 4]
-    S = args.ref_samples_per_prompt
     for i, (_, responses) in enumerate(examples):
-        responses += [y for [y] in ref_samples[S * i : S * i + S]]
+        responses += [torch.tensor(y) for y in ref_samples[S * i : S * i + S]]
 
     @torch.no_grad()
     @autocast()
@@ -742,13 +742,13 @@ def main(args):
         reference.to(device)
         responses, rewards, samples = answer(policy)
         answers = list(zip(eval_prompts, responses))
+        # From the sampled tokens alone: the mean of p3o_v2.py's kl with more noise (its kl_k1)
         values = {"kl": logps_of(policy, answers) - logps_of(reference, answers), **rewards}
-        reference.to("cpu")  # not needed while training
         if reward_name:  # a tie counts as half
             values["win_rate_vs_sft"] = (rewards["reward"] - sft_rewards["reward"]).sign() / 2 + 0.5
         values["length"] = torch.tensor([len(y) for [y] in responses])
         values["eos_rate"] = torch.tensor([y[-1] in end_ids for [y] in responses])
-        h = logps_of(policy, eval_examples) - eval_ref_logps  # [N, 2], of chosen and rejected
+        h = logps_of(policy, eval_examples) - logps_of(reference, eval_examples)  # [n, 2]
         values["accuracy"] = 0.5 - h.diff().sign() / 2  # 1 where h_w > h_l, ½ at a tie
         for row, sft_row in zip(samples, sft_samples):
             row["sft_response"] = sft_row["response"]
@@ -756,15 +756,15 @@ def main(args):
 
     if not saved:
         evaluate(0)
-    total = args.num_updates * args.minibatch_size
-    torch.manual_seed(args.seed)
-    passes = [torch.randperm(N) for _ in range(total // N + 1)]
-    batches = torch.cat(passes)[:total].split(args.minibatch_size)
+    torch.manual_seed(args.seed)  # the same order after a resume
+    passes = [torch.randperm(N) for _ in range(args.num_updates * args.minibatch_size // N + 1)]
+    batches = torch.cat(passes).split(args.minibatch_size)
     updates = range(state["update"] + 1, args.num_updates + 1)
     progress = tqdm(updates, disable=None if is_main else True)  # None: on a terminal only
     for update in progress:
         start = time.perf_counter()
         state["update"] = update
+        reference.to("cpu")  # not needed while training
 
         # 1. One optimizer step on a minibatch, cut into micro-batches of pairs of like length
         minibatch = batches[update - 1][rank::world].sort(descending=True).values

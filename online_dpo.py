@@ -1,14 +1,15 @@
-"""Online DPO: the loss of DPO on pairs that the policy samples and a reward labels as it learns.
+"""Online DPO: the loss of DPO on pairs that the policy samples and a reward labels in training.
 
 A baseline of the P3O paper (Wu et al. 2023, 2310.00212). Sample several responses to a prompt, let
 the reward say how probably the first of two is the better one, and fit the implicit reward of DPO
 (Rafailov et al. 2023, 2305.18290) to it. As in P3O, only differences of rewards matter; unlike
-there, they pass through a sigmoid, and there are no importance weights and no clipping.
+in P3O, they pass through a sigmoid, and there are no importance weights and no clipping.
 
     maximise   E[ r(x, y) ] − β KL(π_θ ‖ π_ref)             x ~ prompts, y ~ π_θ(·|x)
 
-Its optimum has β (h_1 − h_2) = r_1 − r_2. For two responses y_1, y_2 sampled from the policy at
-the start of an update, minimise L, where σ is the logistic function and π(y) short for π(y|x):
+With soft labels its optimum has β (h_1 − h_2) = r_1 − r_2. For two responses y_1, y_2 sampled from
+the policy at the start of an update, minimise L, where σ is the logistic function and π(y) is short
+for π(y|x):
 
     h_i = log π_θ(y_i) − log π_ref(y_i)                     log-ratio to the reference (SFT) policy
     s   = σ(r_1 − r_2)                                      label; with --hard-labels 1, 0 or ½
@@ -64,7 +65,7 @@ def pairwise_loss(logps, ref_logps, rewards, beta, hard_labels):
     """Online DPO loss, mean over prompts and over the pairs of their K responses.
 
     logps, ref_logps: [B, K] log π(y|x) in nats under π_θ and π_ref; rewards: [B, K] scores
-    beta: β; hard_labels: whether the response with the higher score is surely the better one
+    beta: β; hard_labels: labels are 1, 0 or ½ (a tie) instead of probabilities
     Returns the scalar loss and a dict of detached scalars.
     """
     i, j = torch.combinations(torch.arange(logps.shape[1])).T  # P pairs
@@ -72,18 +73,18 @@ def pairwise_loss(logps, ref_logps, rewards, beta, hard_labels):
     def difference(x):  # [B, K] -> [B, P]
         return x[:, i] - x[:, j]
 
-    margin = difference(rewards)  # r_1 − r_2
-    logits = beta * difference(logps - ref_logps)  # β (h_1 − h_2)
-    labels = margin.sign() / 2 + 0.5 if hard_labels else margin.sigmoid()  # s
-    loss = -(labels * F.logsigmoid(logits) + (1 - labels) * F.logsigmoid(-logits)).mean()
-    logits = logits.detach()
+    gap = difference(rewards)  # r_1 − r_2
+    z = beta * difference(logps - ref_logps)  # β (h_1 − h_2)
+    labels = gap.sign() / 2 + 0.5 if hard_labels else gap.sigmoid()  # s
+    loss = -(labels * F.logsigmoid(z) + (1 - labels) * F.logsigmoid(-z)).mean()
+    z = z.detach()
     metrics = {
         "policy/loss": loss.detach(),
         # How often, and by how much, the implicit reward βh prefers the response with more reward
-        "rewards/accuracies": ((logits * margin).sign() / 2 + 0.5).mean(),
-        "rewards/margins": (logits * margin.sign()).mean(),
-        # By which ∇(h_1 − h_2) is multiplied
-        "policy/pair_weight_std": beta * (labels - logits.sigmoid()).square().mean().sqrt(),
+        "rewards/accuracies": ((z * gap).sign() / 2 + 0.5).mean(),
+        "rewards/margins": (z * gap.sign()).mean(),
+        # The coefficient of ∇(h_1 − h_2)
+        "policy/pair_weight_std": beta * (labels - z.sigmoid()).square().mean().sqrt(),
     }
     return loss, metrics
 
@@ -127,7 +128,7 @@ class Args:
     temperature: float = 1.0  # of the policy, in sampling and in log-probabilities
     missing_eos_penalty: float = 0.0  # subtracted from the score of a response without an end token
     beta: float = 0.4  # coefficient of the KL penalty, β
-    hard_labels: bool = False  # the response with the higher score is surely the better one
+    hard_labels: bool = False  # labels 1, 0 or ½ (a tie) instead of probabilities
 
 
 SCRIPT = Path(__file__).stem
@@ -202,10 +203,11 @@ def load_model(auto_class, name, device, args, trainable=False):
         raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
     # head_logits applies the head alone, so scaled or capped logits would be wrong.
     head = model.to(device).get_output_embeddings()
-    ids = torch.arange(3, device=device)[None]  # any three tokens
+    x = torch.arange(3, device=device)  # any tokens: a prompt of one, two equal responses of two
     with torch.no_grad():
-        if head and not head(model.base_model(ids)[0]).allclose(model(ids).logits, atol=1e-3):
-            raise UserError(f"{name} scales or caps its logits, which is not supported")
+        _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
+        if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
+            raise UserError(f"{name} scales its logits, or has alibi or recurrence: not supported")
     set_up_model(model, args, trainable)
     return model
 
@@ -242,7 +244,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path).resolve()
+        file = Path(path).absolute()  # load_dataset cannot read a file of "."
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -751,7 +753,7 @@ def main(args):
             batch = sorted([prompts[i] for i in batches[update - 1]], key=len)[rank::world]
             responses, sampled_logps = sample(policy, batch, K, "sample", update)
 
-            # 2. Score them, and log π_ref
+            # 2. Their scores and log π_ref
             scores = reward_fns["reward"](batch, responses).to(device).double()  # [B, K]
             lengths, ended = lengths_and_ends(responses, end_ids, device)
             rewards = scores - args.missing_eos_penalty * (1 - ended)
@@ -787,6 +789,7 @@ def main(args):
         metrics["objective/eos_rate"] = ended.mean()
         metrics["grad_norm"] = grad_norm  # of the last step
         metrics = accelerator.reduce(metrics, "mean")
+        metrics["objective/beta_raw"] = args.beta  # scores are not scaled
         metrics["val/ratio_init_error"] = init_error
         metrics["time/update"] = time.perf_counter() - start
         log(accelerator, folder / "metrics.jsonl", update, metrics)

@@ -73,7 +73,7 @@ def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_
     ratio_bound: R, importance weights are kept in [1/R, R]
     Returns the scalar loss and a dict of detached scalars.
     """
-    i, j = (1 - torch.eye(logps.shape[1])).nonzero().T  # P pairs in both orders, for L's two terms
+    i, j = (1 - torch.eye(logps.shape[1])).nonzero().T  # P = K(K−1) pairs, each in both orders
 
     def difference(x):  # [B, K] -> [B, P]
         return x[:, i] - x[:, j]
@@ -84,11 +84,11 @@ def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_
     ratio = logratio.exp()  # [B, K]
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range) if clip_range else ratio
     w = ratio.detach().clamp(1 / ratio_bound, ratio_bound)  # [B, K]
-    coef = -q * w[:, j]  # [B, P]
+    coef = -q * w[:, j]  # of ρ_i, [B, P]
     unclipped = coef * ratio[:, i]
     clipped = coef * clipped_ratio[:, i]
     losses = torch.maximum(unclipped, clipped)
-    loss = losses.mean()
+    loss = losses.mean()  # the two orders of a pair are the two terms of L, so this has its ½
     ratio = ratio.detach()
     metrics = {
         "policy/loss": loss.detach(),
@@ -217,10 +217,11 @@ def load_model(auto_class, name, device, args, trainable=False):
         raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
     # head_logits applies the head alone, so scaled or capped logits would be wrong.
     head = model.to(device).get_output_embeddings()
-    ids = torch.arange(3, device=device)[None]  # any three tokens
+    x = torch.arange(3, device=device)  # any tokens: a prompt of one, two equal responses of two
     with torch.no_grad():
-        if head and not head(model.base_model(ids)[0]).allclose(model(ids).logits, atol=1e-3):
-            raise UserError(f"{name} scales or caps its logits, which is not supported")
+        _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
+        if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
+            raise UserError(f"{name} scales its logits, or has alibi or recurrence: not supported")
     set_up_model(model, args, trainable)
     return model
 
@@ -257,7 +258,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path).resolve()
+        file = Path(path).absolute()  # load_dataset cannot read a file of "."
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -771,7 +772,7 @@ def main(args):
             scores = reward_fns["reward"](batch, responses).to(device).double()  # [B, K]
             lengths, ended = lengths_and_ends(responses, end_ids, device)
             rewards = scores - args.missing_eos_penalty * (1 - ended)
-            rewards = rewards.float().double()  # rounded, so that equal scores stay equal
+            rewards = rewards.float().double()  # rounded: the mean of equal ones is exact
             rewards = rewards - rewards.mean(1, keepdim=True)
             state["square_sum"] += accelerator.reduce(rewards.square().sum()).item()
             state["count"] += B * (K - 1)  # degrees of freedom

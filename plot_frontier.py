@@ -19,6 +19,7 @@ the limit is dotted and too low, so the true share is at most the one shown (≤
 
 import json
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
@@ -84,7 +85,7 @@ def read_run(name, value):
 
 def with_short_names(record):
     """The record with the last two parts of its models' paths: the same may lie elsewhere."""
-    names = {key: "/".join(Path(record[key]).parts[-2:]) for key in ("policy", "reward")}
+    names = {key: "/".join(Path(record.get(key, "")).parts[-2:]) for key in ("policy", "reward")}
     return {**record, **names}
 
 
@@ -112,11 +113,17 @@ def value_at(paths, kappa, value):
 
 
 def group_runs(runs):
-    """{label: [(record, points)]}, a curve for each setting but for the seed."""
+    """{label: [(record, points)]}: runs with the same settings but for the seed are a curve.
+
+    The label is the script, and those settings in which its curves differ. Raises UserError.
+    """
     groups = defaultdict(list)
     for record, points in runs:
         kept = {key: record[key] for key in sorted(record) if key not in SAME_CURVE}
-        groups[json.dumps(kept)].append((record, points))
+        group = groups[json.dumps(kept)]
+        if record["seed"] in [other["seed"] for other, _ in group]:
+            raise UserError(f"two runs of {record['script']} have the same settings and seed")
+        group.append((record, points))
     curves = {}
     settings = [json.loads(text) for text in groups]
     for kept, group in zip(settings, groups.values()):
@@ -181,7 +188,7 @@ def draw(file, title, value, curves, limit):
     """The figure. From the end of a curve a thin line leads to its label on the right."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    largest = max(curve["path"][-1]["kl"] for curve in curves.values())
+    largest = max(curve["path"][-1]["kl"] for curve in curves.values()) or 1.0
     labels = draw_limit(axes, limit, value, largest) if limit else []
     seen = Counter()
     for label, curve in curves.items():
@@ -207,6 +214,7 @@ def draw(file, title, value, curves, limit):
         y = [height, height, place]
         style = {"marker": marker, "markevery": [2], "markersize": 5, "linewidth": 0.5}
         axes.plot(x, y, color=colour, clip_on=False, **style)
+        text = textwrap.shorten(text, 48, placeholder=" …")
         axes.text(1.045 * largest, place, text, color=colour, va="center", fontsize=9)
     axes.set(xlim=(0, largest), ylim=(bottom, top), title=title)
     axes.set_xlabel("κ, largest KL(π ‖ π_ref) allowed, nats per response")
@@ -275,7 +283,14 @@ def main(args):
                 cell += f", {mark}{found['share']:.0%}"
             cells.append(cell if found["reached"] else cell + " *")
         rows.append([label, str(len(numbers["seeds"])), *cells])
+    note = "± 95 % interval; * not all runs got that far"
+    if limit:
+        note += "; % of the limit's gain over the reference, ≤ where the limit is too low"
+        columns = [[row[key] for row in limit["curve"]] for key in ("kl", args.value)]
+        heights = np.interp(args.kls, *columns)
+        rows.append(["limit", "", *(f"{height:.2f}" for height in heights)])
     print_table(rows)
+    print(note)
     file = Path(args.output)
     file.parent.mkdir(parents=True, exist_ok=True)
     draw(file, args.title or records[0]["dataset"], args.value, curves, limit)

@@ -181,7 +181,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path).resolve()
+        file = Path(path).absolute()  # load_dataset cannot read a file of "."
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -359,7 +359,7 @@ def evaluate_pairs(chosen_scores, rejected_scores):
 
 # -------------------------------------------------------------------------------------- training
 def lr_factor(step, args):
-    """What --learning-rate is multiplied with at a step, counted from 0."""
+    """The factor of --learning-rate at a step, counted from 0."""
     if step < args.warmup_updates:
         return (step + 1) / args.warmup_updates
     done = (step - args.warmup_updates) / (args.num_updates - args.warmup_updates)
