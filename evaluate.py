@@ -187,10 +187,11 @@ def load_model(auto_class, name, device, args, trainable=False):
         raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
     # head_logits applies the head alone, so scaled or capped logits would be wrong.
     head = model.to(device).get_output_embeddings()
-    ids = torch.arange(3, device=device)[None]  # any three tokens
+    x = torch.arange(3, device=device)  # any tokens: a prompt of one, two equal responses of two
     with torch.no_grad():
-        if head and not head(model.base_model(ids)[0]).allclose(model(ids).logits, atol=1e-3):
-            raise UserError(f"{name} scales or caps its logits, which is not supported")
+        _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
+        if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
+            raise UserError(f"{name} scales its logits, or has alibi or recurrence: not supported")
     set_up_model(model, args, trainable)
     return model
 
@@ -227,7 +228,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path).resolve()
+        file = Path(path).absolute()  # load_dataset cannot read a file of "."
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:

@@ -174,10 +174,11 @@ def load_model(auto_class, name, device, args, trainable=False):
         raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
     # head_logits applies the head alone, so scaled or capped logits would be wrong.
     head = model.to(device).get_output_embeddings()
-    ids = torch.arange(3, device=device)[None]  # any three tokens
+    x = torch.arange(3, device=device)  # any tokens: a prompt of one, two equal responses of two
     with torch.no_grad():
-        if head and not head(model.base_model(ids)[0]).allclose(model(ids).logits, atol=1e-3):
-            raise UserError(f"{name} scales or caps its logits, which is not supported")
+        _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
+        if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
+            raise UserError(f"{name} scales its logits, or has alibi or recurrence: not supported")
     set_up_model(model, args, trainable)
     return model
 
@@ -214,7 +215,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path).resolve()
+        file = Path(path).absolute()  # load_dataset cannot read a file of "."
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -456,7 +457,7 @@ def load_samples(file, record):
     for key, value in record.items():
         before = saved["record"].get(key)
         if key not in MAY_CHANGE and before != value:
-            raise UserError(f"{file} has samples of {key} {before}, not {value}: --output-dir")
+            raise UserError(f"{file} is of {key} {before}, not {value}: pass another --output-dir")
     return saved["values"]
 
 
@@ -548,7 +549,7 @@ def main(args):
         for name, again in draw(0).items():
             error = (again - values[name][:, :ROUND]).abs().median()
             if error > 0.05 * values[name].std():
-                raise UserError(f"{file} has samples of another model or reward")
+                raise UserError(f"{file} is of another model or reward")
     rounds = range(done // ROUND, math.ceil(args.num_samples / ROUND))
     for number in tqdm(rounds, f"after {done} samples", unit="round"):
         for name, new in draw(number).items():

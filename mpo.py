@@ -15,8 +15,8 @@ For a prompt with a chosen response y_w and a rejected one y_l, action 1 takes y
     L   = E[ −I_a p_a + β p_a log(p_a / p_ref,a) ] − τ E[ log π_θ(y) ]
 
 The first expectation is the mean over pairs and both actions a (equation 33). That is half the sum
-over actions in the objective, so τ counts double. log π(y|x) sums over tokens, so z is often large and σ
-saturates (policy/saturated_frac); --average-logprobs takes means over the tokens instead.
+over actions in the objective, so τ counts double. log π(y|x) sums over tokens, so z is often large
+and σ saturates (policy/saturated_frac); --average-logprobs takes means over the tokens instead.
 
     python mpo.py                                          # built-in tiny world, 2 minutes on a CPU
     python mpo.py --model pythia-1b                        # TL;DR, one GPU

@@ -38,7 +38,7 @@ class Args:
     output: str = "runs/frontier.png"  # .png, .pdf or .svg; the numbers go beside it, as .json
     value: Literal["reward", "gold"] = "reward"  # what to draw; gold is the true reward
     kls: tuple[float, ...] = (1.0, 2.0, 4.0)  # KLs in the table, nats per response
-    title: str = ""  # of the figure (empty: dataset and model)
+    title: str = ""  # of the figure (empty: the dataset)
 
 
 SCRIPT = Path(__file__).stem

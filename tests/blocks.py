@@ -23,7 +23,7 @@ TRAINING = (
     "ipo.py",
     "mpo.py",
 )
-SCRIPTS = (*TRAINING, "prepare_data.py")
+SCRIPTS = (*TRAINING, "prepare_data.py", "evaluate.py", "limit.py", "plot_frontier.py")
 
 
 def is_block(name):

@@ -405,6 +405,7 @@ def test_scores_are_divided_by_the_standard_deviation_of_all_so_far(centre, spre
     """The present update included, then clipped to ±10; the mean is not subtracted."""
     updates = [centre + (n + 1) * spread * normal(60, 2, seed=n) for n in range(4)]
     updates[2][0, 0] = -1e4
+    updates = [scores.float().double() for scores in updates]  # as reward models give them
     seen = []
     for scores, (rewards, scale) in zip(updates, scale_all(updates, world)):
         seen += scores.flatten().tolist()
