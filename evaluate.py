@@ -77,7 +77,6 @@ class Args:
     judge_model: str = ""  # name of the judge on its server (empty: no judge)
     judge_url: str = ""  # OpenAI-compatible server (empty: OpenAI's); its key is OPENAI_API_KEY
     judge_replies: str = "runs/judge.jsonl"  # file with the replies so far
-    judge_workers: int = 8  # requests at a time
     # Rewards
     reward_model: str = ""  # hub id or folder (empty: that of the first run, or tiny's)
     reward_fn: str = ""  # FILE.py:FUNCTION of prompts and responses, instead of a model
@@ -129,13 +128,12 @@ class UserError(Exception):
 
 # ----------------------------------------------------------------------------- policies and runs
 def first_run(policies):
-    """The args.json of the first policy that is a run with a reward, or is in one; else {}."""
+    """The args.json of the first policy that is a run with a reward; {} if there is none."""
     for name in policies:
-        for folder in (Path(name), Path(name).parent):
-            file = folder / "args.json"
-            record = json.loads(file.read_text()) if file.is_file() else {}
-            if "reward" in record:
-                return record
+        file = Path(name) / "args.json"
+        record = json.loads(file.read_text()) if file.is_file() else {}
+        if "reward" in record:
+            return record
     return {}
 
 
@@ -477,7 +475,7 @@ def seeded(*purpose):
     return torch.Generator().manual_seed(zlib.crc32(repr(purpose).encode()))
 
 
-def measure(policy, reference, prompts, end_ids, reward_fns, args):
+def answer_prompts(policy, reference, prompts, end_ids, reward_fns, args):
     """Answer the prompts. Returns the responses, B lists of one, and {measure: [B] float64}."""
     size = (len(prompts), 1, args.max_response_tokens)
     generator = seeded(args.seed, "eval")  # the noise of the training scripts' evaluations
@@ -524,7 +522,7 @@ def ask_judge(questions, args):
 
     new = [question for question in dict.fromkeys(questions) if question not in replies]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a", buffering=1) as stream, ThreadPoolExecutor(args.judge_workers) as pool:
+    with open(file, "a", buffering=1) as stream, ThreadPoolExecutor(8) as pool:
         try:
             for question, reply in zip(new, tqdm(pool.map(ask, new), "judge", len(new))):
                 replies[question] = reply
@@ -623,7 +621,9 @@ def main(args):
         if own_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise UserError(f"{path} has other tokens than the reference {reference_path}")
         with torch.no_grad(), autocast:
-            responses, measures = measure(policy, reference, prompts, end_ids, reward_fns, args)
+            responses, measures = answer_prompts(
+                policy, reference, prompts, end_ids, reward_fns, args
+            )
         rows = decode_texts(tokenizer, prompts, responses)
         texts.append([row["response"].strip() for row in rows])
         values.append(measures)

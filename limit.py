@@ -122,7 +122,6 @@ PUBLIC_MODELS = {
 MAY_BE_ZERO = ("seed",)
 MAY_CHANGE = ("output_dir", "num_samples", "micro_batch_size", "sample_batch_size")
 ROUND = 16  # samples per prompt that are drawn, and saved, at a time
-SHOWN = (0.5, 1, 2, 3, 4, 6, 8)  # KLs in the table
 
 
 class UserError(Exception):
@@ -468,7 +467,7 @@ def limit_numbers(values):
     temperatures = (spread * np.logspace(2, -2, 121)).tolist()
     curve = limit_curve(values, temperatures)
     curve["trusted"] = (curve.ess >= 50) & (curve.kl < math.log(N) - 4.5)
-    half = limit_curve({"reward": values["reward"].view(2 * B, N // 2)}, temperatures)
+    half = limit_curve({"reward": values["reward"].reshape(2 * B, N // 2)}, temperatures)
     curve["more_than_half"] = curve.reward - np.interp(curve.kl, half.kl, half.reward)
     best = []
     for k in range(int(math.log2(N)) - 1):
@@ -478,19 +477,6 @@ def limit_numbers(values):
     for name, value in values.items():
         numbers[f"ref_{name}"] = value.mean().item()
     return {**numbers, "curve": curve.to_dict("records"), "best_of_n": best}
-
-
-def print_limit(numbers):
-    """Print the limit, straight between two temperatures, and best-of-n."""
-    curve = pd.DataFrame(numbers["curve"])
-    kls = [kl for kl in SHOWN if kl < curve.kl.max()]
-    limit = {name: np.interp(kls, curve.kl, curve[name]) for name in curve.drop(columns="trusted")}
-    trusted = curve.kl.where(curve.trusted, 0).max()
-    for title, table in (
-        (f"The limit, trusted up to KL {trusted:.2f}", limit),
-        ("Best of n, with KL at most", numbers["best_of_n"]),
-    ):
-        print(f"\n{title}\n{pd.DataFrame(table).to_string(index=False, float_format='%.3f')}")
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -561,7 +547,8 @@ def main(args):
 
     result = {**record, **limit_numbers(values)}
     (folder / "limit.json").write_text(json.dumps(result, indent=1))
-    print_limit(result)
+    for rows in (result["curve"][30:100:5], result["best_of_n"]):
+        print("\n" + pd.DataFrame(rows).to_string(index=False, float_format="%.3f"))
 
 
 if __name__ == "__main__":

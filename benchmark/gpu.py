@@ -3,7 +3,7 @@
 python benchmark/speed.py --gpu --output gpu.json
 
 It runs unattended and writes the JSON after every measurement. What fails is written down with its
-error, and the rest goes on. Without a GPU it rehearses the same steps on the CPU with a small model.
+error, and the rest goes on. Without a GPU it rehearses the same on the CPU with a small model.
 """
 
 import json

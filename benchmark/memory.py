@@ -29,7 +29,7 @@ GIB = 2**30
 # torch's hooks on saved tensors (tests/test_docs.py): GPT-NeoX, with a feed-forward part 4 times as
 # wide; Llama, 3.5 times and gated.
 KEPT = {("gpt_neox", 4): 74, ("gpt_neox", 2): 39, ("llama", 4): 98, ("llama", 2): 63}
-# Milliseconds of sampling a token, assumed: small kernels, whose launch takes longer than their work
+# Milliseconds of sampling a token, assumed: launching small kernels takes longer than their work.
 MS_A_LAYER = 0.4
 
 

@@ -119,8 +119,10 @@ def write_rows(folder, policy, args):
             row = {key: row[key] for key in ("prompt", "chosen", "rejected")}
             prompt, *responses = [len(tokenizer(text).input_ids) for text in row.values()]
             fits = prompt <= args.max_prompt_tokens and max(responses) < args.max_response_tokens
-            if min(prompt, *responses) > 0 and fits and len(rows) < args.prompts + 2:
+            if fits and min(prompt, *responses) > 0:
                 rows.setdefault(row["prompt"], {**row, "completion": row["chosen"]})
+            if len(rows) == args.prompts + 2:
+                break
     if len(rows) < args.prompts + 2:
         raise SystemExit(f"{args.dataset} has {len(rows)} prompts within the limits")
     lines = [json.dumps(row) + "\n" for row in rows.values()]
@@ -139,7 +141,7 @@ class Clock:
     def tick(self, *_):
         if CUDA:
             torch.cuda.synchronize()
-        self.moments.append((time.perf_counter(), time.process_time()))
+        self.moments.append(moment())
         self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if CUDA:
             self.peak = torch.cuda.max_memory_allocated() / 2**30
@@ -153,39 +155,38 @@ class Clock:
         return found
 
 
+def moment():
+    """Wall and CPU seconds so far."""
+    return time.perf_counter(), time.process_time()
+
+
 def since(start):
     """Wall and CPU seconds since a moment."""
-    return time.perf_counter() - start[0], time.process_time() - start[1]
+    return [b - a for a, b in zip(start, moment())]
 
 
 def run_ours(task, args, policy, reward_model, folder):
     """The script itself, on a dataset of as many rows as an update takes."""
     script, clock = importlib.import_module(task), Clock()
-    lengths, once = [], []  # of sampled responses; seconds for the reference
+    plain_log, plain_start, plain_save = script.log, script.start_run, torch.save
+    lengths, opened, once = [], [], [0.0, 0.0]
 
-    def after(name, more):
-        """Do `more` after each call of a function of the script."""
-        function = getattr(script, name)
-
-        def wrapped(*inputs, **options):
-            result = function(*inputs, **options)
-            more(*inputs)
-            return result
-
-        setattr(script, name, wrapped)
-
-    def end_of_update(_, file, update, values, *others):
+    def log(accelerator, file, update, values, **options):
         if file.name == "metrics.jsonl":
             clock.tick()
             lengths.append(float(values.get("objective/length", 0)))
+        plain_log(accelerator, file, update, values, **options)
 
-    after("log", end_of_update)
-    if (
-        task in PAIRS
-    ):  # the reference's part lies between start_run and the gathering of its results
-        opened = []
-        after("start_run", lambda *_: opened.append((time.perf_counter(), time.process_time())))
-        after("gather_object", lambda *_: once or once.extend(since(opened[0])))
+    def start_run(*inputs):
+        plain_start(*inputs)
+        opened[:] = moment()
+
+    def save(content, file):
+        if file.name == "reference.pt":  # what the reference says, computed since start_run
+            once[:] = since(opened)
+        plain_save(content, file)
+
+    script.log, script.start_run, torch.save = log, start_run, save
     options = {
         "model": policy,
         "dataset": str(folder / "data"),
@@ -207,8 +208,8 @@ def run_ours(task, args, policy, reward_model, folder):
     script.main(script.Args(**options))
     if task == "mpo":
         _, samples = torch.load(folder / "run/reference.pt")
-        lengths = [len(y) for [y] in samples]
-    return clock.result(once or (0.0, 0.0)) | {"sampled": statistics.mean(lengths)}
+        lengths = [len(y) for y in samples]
+    return clock.result(once) | {"sampled": statistics.mean(lengths)}
 
 
 def run_trl(task, args, policy, reward_model, folder):
@@ -271,7 +272,7 @@ def run_trl(task, args, policy, reward_model, folder):
         compute = Trainer._precompute_ref_logps
 
         def timed(*inputs):
-            start = time.perf_counter(), time.process_time()
+            start = moment()
             result = compute(*inputs)
             once[:] = since(start)
             return result
@@ -292,10 +293,8 @@ def run_trl(task, args, policy, reward_model, folder):
 
 def run_floor(task, args, policy, reward_model, folder):
     """The least seconds of every part of the work over several trials; see the top."""
-    load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
-    model = load(policy).to(DEVICE)
-    scorer = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32)
-    scorer.to(DEVICE)
+    model = AutoModelForCausalLM.from_pretrained(policy).float().to(DEVICE)
+    scorer = AutoModelForSequenceClassification.from_pretrained(reward_model).float().to(DEVICE)
     head = model.get_output_embeddings()
     tokenizer = AutoTokenizer.from_pretrained(policy)
     rows = [json.loads(line) for line in open(folder / "data/train.jsonl")]
@@ -373,6 +372,8 @@ WORKERS = {"ours": run_ours, "trl": run_trl, "floor": run_floor}
 # ------------------------------------------------------------------------------------- the results
 def compare(args):
     """{task: {"ours" | "trl" | "floor": [result of each repeat]}}; prints the table."""
+    if args.prompts % args.micro_batch_size or args.prompts % (args.trl_batch_size or 1):
+        raise SystemExit("--prompts must be a multiple of --micro-batch-size and --trl-batch-size")
     sides = [side for side in WORKERS if side != "trl" or importlib.util.find_spec("trl")]
     results = {task: {side: [] for side in sides} for task in args.tasks}
     with tempfile.TemporaryDirectory() as name:

@@ -251,10 +251,10 @@ def scale():
 
 
 def limit(samples=2048):
-    """The best reward at each KL, by evaluate.py, and best of n; not runs, but what runs are compared with."""
+    """The best reward at each KL, by limit.py, and best of n; not runs, but what runs are compared with."""
     folder = ROOT / "runs/limit/tiny/tiny"
     flags = [f"--num-samples={samples}", f"--output-dir={folder}"]
-    subprocess.run([sys.executable, "evaluate.py", "limit", *flags], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "limit.py", *flags], cwd=ROOT, check=True)
     found = json.loads((folder / "limit.json").read_text())
     kept = {
         key: short(found[key]) for key in ("num_samples", "num_prompts", "ref_reward", "ref_gold")

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mpo
 
-# A number of each part of the data, averaged; or drawn by each process alike
-OF_A_PART = r"time/.*|policy/ratio_max|policy/pair_weight_std|val/.*|value/explained.*"
+# A number of each process, averaged
+OF_A_PART = r"time/.*|val/.*|policy/(ratio_max|.*_std)|value/explained.*"
 
 
 def start_two(script, *args, cwd):
@@ -47,12 +47,13 @@ def run_two(*args, cwd):
 
 
 def assert_same(found, expected, left_out=()):
-    """Rows of logs are equal but for rounding."""
+    """Rows of logs are equal but for rounding, which grows with the steps."""
     assert [row.keys() for row in found] == [row.keys() for row in expected]
-    for row, other in zip(found, expected):
+    for number, (row, other) in enumerate(zip(found, expected)):
+        near = {"rel": 1e-2, "abs": 2e-3} if number else {"rel": 1e-3, "abs": 1e-4}
         for key in row:
             if not re.fullmatch(OF_A_PART, key) and key not in left_out:
-                assert row[key] == pytest.approx(other[key], rel=1e-3, abs=1e-4), key
+                assert row[key] == pytest.approx(other[key], **near), key
 
 
 @pytest.mark.parametrize("script", EVERY)
@@ -100,11 +101,12 @@ def test_samples_of_the_reference_are_answers_to_their_prompts(flags, finished, 
     reference = AutoModelForCausalLM.from_pretrained(TINY / "sft")
     args = mpo.Args(dataset=str(data), max_response_tokens=16)
     _, examples, _ = mpo.load_examples(tokenizer, [0], 99, ("chosen", "rejected"), args)
-    examples.sort(key=mpo.prompt_length)
+    examples.sort(key=lambda example: len(example[0]))
     for folder, n in ((finished("mpo"), 1), (tmp_path / "run", 2)):
         ref_logps, samples = torch.load(folder / "reference.pt")
         assert len(ref_logps) == len(examples) == 21 and len(samples) == 21 * n
-        groups = [[y for [y] in samples[n * i : n * i + n]] for i in range(21)]
+        samples = [torch.tensor(y) for y in samples]
+        groups = [samples[n * i : n * i + n] for i in range(21)]
         prompts, pairs = zip(*examples)
         with torch.no_grad():
             expected = mpo.response_logps(reference, prompts, pairs, 1.0)

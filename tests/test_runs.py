@@ -18,6 +18,7 @@ from conftest import (
     ONLINE,
     ROOT,
     SHORT,
+    STAGES,
     TINY,
     Script,
     build,
@@ -45,10 +46,9 @@ def write_reward(folder, result="range(len(prompts))"):
 
 
 def changed(start, end):
-    """Names of the weights in which two saved models differ."""
+    """Names of the weights in which two saved models differ, but for rounding to bfloat16."""
     start, end = (load_file(folder / "model.safetensors") for folder in (start, end))
-    assert {weight.dtype for weight in end.values()} == {torch.float32}
-    return {name for name in start if not torch.equal(start[name], end[name])}
+    return {name for name in start if not torch.equal(start[name].to(end[name].dtype), end[name])}
 
 
 # ---------------------------------------------------------------------------- what a run leaves
@@ -87,7 +87,7 @@ def test_every_key_that_is_logged_is_explained(script, finished):
     explained = {key for row in table for key in re.findall(r"`([\w/]+)`", row)}
     for name in ("metrics", EVALUATIONS[script]):
         row = lines(finished(script) / f"{name}.jsonl")[-1]
-        logged = {re.sub(r"_decile_\d", "_decile_i", key.removesuffix("_se")) for key in row}
+        logged = {re.sub(r"_decile_\d", "_decile_0", key.removesuffix("_se")) for key in row}
         assert logged - explained == {"step"}
 
 
@@ -117,21 +117,23 @@ def test_samples_are_a_table_of_held_out_answers(script, finished, data):
 def test_online_scripts_learn_in_a_few_updates(script, tmp_path):
     """A reward that a few steps can reach: short responses."""
     write_reward(tmp_path, "[-len(y) / 10 for y in responses]")
-    options = "--num-updates 6 --prompts-per-update 16 --minibatch-size 8 --eval-every 0"
-    options += " --eval-prompts 64 --learning-rate 1e-3 --max-response-tokens 32 --output-dir run"
-    run(script, *options.split(), *GIVEN, cwd=tmp_path)
+    options = "--num-updates 6 --prompts-per-update 8 --minibatch-size 4 --num-epochs 1"
+    options += " --eval-prompts 32 --learning-rate 3e-3 --max-response-tokens 24 --eval-every 0"
+    if script == "ppo":
+        options += " --lam 1"
+    run(script, *options.split(), *GIVEN, "--output-dir", "run", cwd=tmp_path)
     start, end = lines(tmp_path / "run/frontier.jsonl")
-    assert end["reward"] - start["reward"] > 4 * (start["reward_se"] + end["reward_se"])
+    assert end["reward"] - start["reward"] > 3 * (start["reward_se"] + end["reward_se"])
 
 
-@pytest.mark.parametrize("script", (*OFFLINE, "sft", "reward_model"))
-def test_other_scripts_learn_from_held_out_data_what_they_should(script, tmp_path):
-    """Here the same rows, so that a few steps suffice."""
+@pytest.mark.parametrize("script", (*OFFLINE, *STAGES))
+def test_other_scripts_learn_in_a_few_updates(script, tmp_path):
+    """What is held out is like what they learn from, so that a few steps suffice."""
     write_rows(tmp_path / "data/train.jsonl", tiny_rows("train", 24))
     rows = [{**row, "prompt": f"{row['prompt']} "} for row in tiny_rows("train", 24)]
     write_rows(tmp_path / "data/test.jsonl", rows)
-    options = "--num-updates 24 --minibatch-size 8 --eval-every 0 --learning-rate 1e-3"
-    options += " --max-response-tokens 32 --dataset data --output-dir run"
+    options = "--num-updates 8 --minibatch-size 8 --eval-every 0 --learning-rate 3e-3"
+    options += " --max-response-tokens 16 --dataset data --output-dir run"
     run(script, *options.split(), cwd=tmp_path)
     start, end = lines(tmp_path / f"run/{EVALUATIONS[script]}.jsonl")
     if script == "sft":
@@ -148,38 +150,37 @@ def test_checkpointing_and_micro_batches_change_rounding_only(script, flags, fin
     run(script, *flags[script], *more, cwd=tmp_path)
     [found] = without_times(lines(tmp_path / "run/metrics.jsonl"))
     expected = lines(finished(script) / "metrics.jsonl")[0]
-    of_a_part = r"lr|val/.*|policy/ratio_max|policy/pair_weight_std|value/(clip|explained).*"
+    of_a_part = r"lr|val/.*|policy/(ratio_max|.*_std)|value/(clip|explained).*"
+    if script == "mpo":  # as many samples of the reference are drawn at a time
+        of_a_part += "|policy/(loss|ref_sample_logps)|grad_norm"
     for key in found:
         if not re.fullmatch(of_a_part, key):
             assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
 
 
 @pytest.mark.parametrize("script", EVERY)
-def test_in_bfloat16_only_the_last_layer_changes(script, flags, tmp_path):
-    """If it alone is trained; the policy starts at the reference to the bit."""
-    more = f"--model {TINY}/sft --dtype bfloat16 --unfrozen-layers 1 --num-updates 1".split()
-    if script in SCORED:
-        more += ["--reward-model", TINY / "reward_model"]
+def test_bfloat16_starts_at_the_reference_to_the_bit(script, flags, finished, tmp_path):
+    """And changes little. Where the last layer alone is trained, it alone changes."""
+    more = ["--dtype", "bfloat16", "--unfrozen-layers", 1, "--num-updates", 1]
     if script in ONLINE:
         more += ["--num-epochs", 1]
+    if script == "sft":
+        more += ["--model", TINY / "sft"]  # tiny starts at random
     run(script, *flags[script], *more, cwd=tmp_path)
     [row] = lines(tmp_path / "run/metrics.jsonl")
     if script in SCORED:
         start, end = lines(tmp_path / "run/frontier.jsonl")
         assert start["kl"] == 0 != end["kl"]
     if script in ONLINE:
-        assert row["objective/kl"] == 0 and row["val/ratio_init_error"] < 0.5
-        assert row.get("policy/ratio_max", 1) == 1
+        assert row["val/ratio_init_error"] < 0.5 and row.get("policy/ratio_max", 1) == 1
+        assert row["objective/kl"] == 0 or script == "online_dpo"  # which asks the sampler
+    elif script != "sft":
+        key = "policy/preference" if script == "mpo" else LOSS[script]
+        expected = lines(finished(script) / "metrics.jsonl")[0][key]
+        assert row[key] == pytest.approx(expected, rel=0.05, abs=0.02)
     names = changed(TINY / "sft", tmp_path / "run/model")  # its head is its embedding
     assert names == {name for name in names if ".layers.3." in name} != set()
-
-
-@pytest.mark.parametrize("script", EVERY)
-def test_bfloat16_changes_little(script, flags, finished, tmp_path):
-    run(script, *flags[script], "--dtype", "bfloat16", "--num-updates", 1, cwd=tmp_path)
-    [found] = lines(tmp_path / "run/metrics.jsonl")
-    expected = lines(finished(script) / "metrics.jsonl")[0][LOSS[script]]
-    assert found[LOSS[script]] == pytest.approx(expected, rel=0.05, abs=0.02)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").dtype == torch.float32
 
 
 def test_only_the_last_layer_and_an_untied_head_change(data, tmp_path):

@@ -183,10 +183,10 @@ TOPICS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What an answer consists of: opening and closing are kinds ("polite", "bad", …), a step is (topic, index)."""
+    """What an answer consists of. Opening and closing are kinds: "polite", "bad", ..."""
 
     opening: str
-    steps: tuple[tuple[str, int], ...]
+    steps: tuple[tuple[str, int], ...]  # (topic, index)
     closing: str | None
 
 
@@ -260,7 +260,7 @@ def sentences(response: str) -> list[tuple[str, object, str]]:
 
 
 def parse(response: str) -> Answer | None:
-    """The parts of an answer; None where it is not an opening, 1 to 4 steps and at most a closing."""
+    """The parts of an answer, or None unless it is an opening, 1 to 4 steps, perhaps a closing."""
     pieces = sentences(response)
     kinds = " ".join(kind for kind, _, _ in pieces)
     if not re.fullmatch(r"opening( step){1,4}( closing)?", kinds) or response != "".join(
