@@ -76,11 +76,11 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, beta, cl
     losses = torch.maximum(unclipped, clipped)
     ref_logratio = ref_logprobs - logprobs
     kl = ref_logratio.exp() - ref_logratio - 1  # k, [..., T]
-    sums = ((losses + beta * kl) * mask).sum(-1)  # over the tokens of a response
-    sums = sums / mask.sum(-1)
-    loss = sums.mean()
+    response_losses = ((losses + beta * kl) * mask).sum(-1)  # [...]
+    response_losses = response_losses / mask.sum(-1)
+    loss = response_losses.mean()
 
-    def token_mean(x):
+    def token_mean(x):  # [..., T] -> []
         return (x.detach() * mask).sum() / mask.sum()
 
     metrics = {
@@ -648,7 +648,7 @@ def main(args):
     is_tiny = args.model == "tiny"
     args.dataset = args.dataset or ("tiny" if is_tiny else "tldr")
     args.num_updates = args.num_updates or (60 if is_tiny else 1000)
-    args.learning_rate = args.learning_rate or (2e-4 if is_tiny else 1e-6)
+    args.learning_rate = args.learning_rate or (5e-5 if is_tiny else 1e-6)
     on_cpu = not torch.cuda.is_available()
     if args.dtype == "auto":
         args.dtype = "float32" if on_cpu else "bfloat16"

@@ -14,12 +14,14 @@ true reward of the same points is drawn; it falls where more of the learned rewa
 
 With the limit.json of limit.py the region that no policy reaches is shaded as far as the limit is
 trusted, and the table says what share of its gain over the reference each curve has. Beyond that,
-the limit is dotted and too low, so the true share is at most the one shown (≤).
+the limit is dotted and too low, so the true share is at most the one shown (≤). For gold, limit and
+best-of-n are the gold of the policies that have the highest reward.
 """
 
 import json
 import sys
 import textwrap
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
@@ -193,7 +195,8 @@ def draw(file, title, value, curves, limit):
     seen = Counter()
     for label, curve in curves.items():
         script = curve["script"]
-        _, colour, marker = STYLES.get(script, (script, "0.2", "*"))
+        other = f"C{zlib.crc32(script.encode()) % 10}"  # a script of one's own
+        _, colour, marker = STYLES.get(script, (script, other, "*"))
         line = LINES[seen[script] % len(LINES)]
         seen[script] += 1
         columns = [[point[key] for point in curve["path"]] for key in ("kl", value, "low", "high")]
@@ -206,7 +209,7 @@ def draw(file, title, value, curves, limit):
         rows = [row for row in limit["curve"] if row["trusted"]]
         kl, heights = zip(*[(row["kl"], row["reward"]) for row in rows])
         axes.fill_between(kl, heights, top, color="0.92", linewidth=0)
-        axes.text(0.02, 0.96, "no policy is here", color="0.4", transform=axes.transAxes)
+        axes.text(0.02, 0.96, "no policy gets here", color="0.4", transform=axes.transAxes)
     labels.sort(key=lambda label: label[1])
     places = spread([height for _, height, *_ in labels], (top - bottom) / 24)
     for (kl, height, text, colour, marker), place in zip(labels, places):
@@ -263,6 +266,9 @@ def add_shares(numbers, limit):
 def main(args):
     if not args.runs:
         raise UserError("name runs: their folders, or the frontier.jsonl in them")
+    file = Path(args.output)
+    if file.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--output {file} must end in .png, .pdf or .svg")
     runs = [read_run(name, args.value) for name in dict.fromkeys(args.runs)]
     records = [record for record, _ in runs]
     check_alike(records, MUST_AGREE)
@@ -291,7 +297,6 @@ def main(args):
         rows.append(["limit", "", *(f"{height:.2f}" for height in heights)])
     print_table(rows)
     print(note)
-    file = Path(args.output)
     file.parent.mkdir(parents=True, exist_ok=True)
     draw(file, args.title or records[0]["dataset"], args.value, curves, limit)
     file.with_suffix(".json").write_text(json.dumps({"curves": curves, "limit": limit}, indent=1))

@@ -1,26 +1,27 @@
 """PPO: Proximal Policy Optimization (Schulman et al. 2017, 1707.06347) for language models.
 
-The form of RLHF (Ouyang et al. 2022, 2203.02155). Sample responses to a prompt and score them. A
-token is an action, a response is an episode. A value model predicts what is still to come; where a
-token does better than predicted, its log-probability is raised.
+As used for RLHF (Ouyang et al. 2022, 2203.02155): a response is an episode, and each of its tokens
+is an action. Sample responses to a prompt and score them. A value model predicts the rewards still
+to come, and the log-probability of a token that does better than predicted is raised.
 
     maximise   E[ r(x, y) ] − β KL(π_θ ‖ π_ref)             x ~ prompts, y ~ π_θ(·|x)
 
 π_old is the policy at the start of an update, which samples all responses of the update, and V_old
-the value model then; π(y_t) is short for π(y_t|x, y_<t), V_t for V(x, y_<t). Minimise L:
+the value model at that time; π(y_t) is short for π(y_t|x, y_<t), V_t for V(x, y_<t), and E_t is
+the mean over all tokens of the responses. Minimise L:
 
-    r_t = −β (log π_old(y_t) − log π_ref(y_t)), plus score / s at the last token, clipped
-                                                            s: running standard deviation of scores
+    r_t = −β (log π_old(y_t) − log π_ref(y_t))              KL penalty, and at the last token
+          + clip(score / s)                                 s: running standard deviation of scores
     δ_t = r_t + γ V_old,t+1 − V_old,t                       V_old is 0 after the last token
     A_t = Σ_l (γλ)^l δ_t+l                                  GAE (Schulman et al. 2016, 1506.02438)
-    R_t = A_t + V_old,t                                     return; then A is whitened
+    R_t = A_t + V_old,t                                     return; then A gets mean 0, deviation 1
     ρ_t = π_θ(y_t) / π_old(y_t)                             importance ratio of token t
     L   = E_t max( −A_t ρ_t, −A_t clip(ρ_t, 1−ε, 1+ε) )
           + c ½ E_t max( (V_t − R_t)², (clip(V_t, V_old,t−ε_V, V_old,t+ε_V) − R_t)² )
 
-The value model starts from the reward model or, with --reward-fn, from the policy with a new head.
-Adding a constant to the rewards of a prompt changes the result, unlike in P3O. The baseline of the
-P3O paper: --num-responses 2 --prompts-per-update 64 --minibatch-size 4 --beta 0.05.
+The value model starts from the reward model or, with --reward-fn, from the policy; its head from 0.
+Unlike in P3O, adding a constant to the rewards of a prompt changes the result. The P3O paper runs
+PPO with --num-responses 2 --prompts-per-update 64 --minibatch-size 4 --beta 0.05.
 
     python ppo.py                                          # built-in tiny world, 3 minutes on a CPU
     python ppo.py --model pythia-1b                        # TL;DR, one GPU
@@ -30,7 +31,7 @@ P3O paper: --num-responses 2 --prompts-per-update 64 --minibatch-size 4 --beta 0
 Shapes: B prompts (the variable B in main counts those of all processes, tensors hold those of one),
 K responses to each, T response tokens, V vocabulary, D hidden size. A prompt or a response is a 1-D
 tensor of token ids without padding; `responses` is a list of B lists of K responses. `logprobs` are
-per token.
+per token, `logps` their sums over a response.
 """
 
 import json
@@ -91,25 +92,23 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_range):
 
 
 def value_loss(values, old_values, returns, mask, clip_range):
-    """Half the squared error, mean over tokens; the larger one of values and clipped values.
+    """Half the squared error of values or clipped values, whichever is larger, mean over tokens.
 
     values, old_values: [..., T] V and V_old; returns: [..., T] R
     mask: [..., T], true on response tokens; clip_range: ε_V (0: no clipping)
     Returns the scalar loss and a dict of detached scalars.
     """
     values, old_values, returns = values[mask], old_values[mask], returns[mask]  # [tokens]
-    errors = values - returns
-    unclipped = errors.square()
-    moved = (values - old_values).clamp(-clip_range, clip_range)
-    clipped = (old_values + moved - returns).square() if clip_range else unclipped
+    change = (values - old_values).clamp(-clip_range, clip_range)
+    clipped_values = old_values + change if clip_range else values
+    unclipped = (values - returns).square()
+    clipped = (clipped_values - returns).square()
     losses = torch.maximum(unclipped, clipped)
     loss = losses.mean() / 2
-    errors = errors.detach()
     metrics = {
         "value/loss": loss.detach(),
         "value/clipfrac": (losses > unclipped).double().mean(),
         "value/mean": values.detach().mean(),
-        "value/explained_variance": 1 - errors.var() / returns.var().clamp(min=1e-12),
     }
     return loss, metrics
 
@@ -259,11 +258,12 @@ def load_model(auto_class, name, device, args, trainable=False):
 
 
 def load_value_model(name, device, args):
-    """A classifier with one output: a reward model, or a policy with a new head."""
-    torch.manual_seed(args.seed)
+    """A value model from a reward model or a policy, with one output that starts at 0."""
     model = AutoModelForSequenceClassification.from_pretrained(
         name, num_labels=1, dtype=torch.float32, attn_implementation="sdpa"
     )
+    for weight in model.score.parameters():  # raw scores are no values of the scaled rewards
+        nn.init.zeros_(weight)
     set_up_model(model.to(device), args, trainable=True)
     return model
 
@@ -554,7 +554,7 @@ def response_scores(reward_model, prompts, responses):
 
 
 def response_values(value_model, prompts, responses, length):
-    """V(x, y_<t) before every token of the responses: [B, K, length] float64, any on padding."""
+    """V(x, y_<t) of every response token: [B, K, length] float64, meaningless on padding."""
     hidden = response_hidden(value_model, prompts, responses)
     states = pad_sequence([states[:-1] for states in hidden], batch_first=True).float()
     with torch.autocast(states.device.type, enabled=False):
@@ -564,21 +564,32 @@ def response_values(value_model, prompts, responses, length):
 
 
 def scale_scores(accelerator, scores, state):
-    """Scores [B, K] over the standard deviation of all so far, clipped to ±10, and the latter.
+    """Scores [B, K] divided by s, the standard deviation of all so far, and s.
 
-    `state` keeps sums over the scores of all processes.
+    Scores further than 10 s from the mean of all so far are clipped. `state` keeps sums over the
+    scores of all processes.
     """
-    scores = scores.float().double()  # rounded: the mean of equal ones is exact
     state["count"] += scores.numel() * accelerator.num_processes
     state["sum"] += accelerator.reduce(scores.sum()).item()
     state["square_sum"] += accelerator.reduce(scores.square().sum()).item()
-    variance = state["square_sum"] / state["count"] - (state["sum"] / state["count"]) ** 2
-    scale = max(variance, 0) ** 0.5 or 1.0
-    return (scores / scale).clamp(-10, 10), scale
+    mean = state["sum"] / state["count"]
+    mean_square = state["square_sum"] / state["count"]
+    variance = mean_square - mean**2
+    # Equal scores have no scale. Rounding may leave a variance that is not quite 0.
+    scale = variance**0.5 if variance > 1e-10 * mean_square else 1.0
+    return scores.clamp(mean - 10 * scale, mean + 10 * scale) / scale, scale
+
+
+def mean_and_std(accelerator, x):
+    """Mean and standard deviation of the numbers [n] of all processes."""
+    sums = torch.stack([torch.ones_like(x).sum(), x.sum(), x.square().sum()])
+    count, total, square_sum = accelerator.reduce(sums)
+    mean = total / count
+    return mean, (square_sum / count - mean**2).clamp(min=0).sqrt()
 
 
 def token_advantages(accelerator, rewards, logratio, values, mask, args):
-    """Advantages and returns [B, K, T], and the standard deviation of the former before whitening.
+    """Whitened advantages and returns, both [B, K, T], and metrics of the values.
 
     rewards: [B, K] score / s; logratio: [B, K, T] log π_old − log π_ref of tokens
     values: [B, K, T] V_old; mask: [B, K, T], true on response tokens
@@ -586,11 +597,14 @@ def token_advantages(accelerator, rewards, logratio, values, mask, args):
     is_last = mask & ~F.pad(mask[..., 1:], (0, 1))
     token_rewards = rewards[..., None] * is_last - args.beta * logratio
     advantages, returns = gae(token_rewards, values, mask, args.gamma, args.lam)
-    sums = [mask.sum(), advantages.sum(), advantages.square().sum()]
-    count, total, square_sum = accelerator.reduce(torch.stack(sums))
-    mean = total / count
-    std = (square_sum / count - mean**2).clamp(min=0).sqrt()
-    return (advantages - mean) / (std + 1e-8), returns, std
+    mean, std = mean_and_std(accelerator, advantages[mask])
+    _, returns_std = mean_and_std(accelerator, returns[mask])
+    metrics = {
+        "value/advantage_std": std,  # before whitening
+        # R − V_old is A: what V_old could not predict
+        "value/explained_variance": 1 - (std / returns_std.clamp(min=1e-6)) ** 2,
+    }
+    return (advantages - mean) / (std + 1e-8), returns, metrics
 
 
 def in_batches(function, *columns, batch_size):
@@ -749,10 +763,10 @@ def main(args):
     rank, world = accelerator.process_index, accelerator.num_processes
     check_numbers(args)
     B, K, T = args.prompts_per_update, args.num_responses, args.max_response_tokens
-    if K < 2 or B % args.minibatch_size or args.minibatch_size % world:
+    if B % args.minibatch_size or args.minibatch_size % world:
         raise UserError(
-            f"--num-responses {K} must be at least 2, --prompts-per-update {B} a multiple of "
-            f"--minibatch-size {args.minibatch_size}, and that a multiple of {world} processes"
+            f"--prompts-per-update {B} must be a multiple of --minibatch-size "
+            f"{args.minibatch_size}, and that a multiple of {world} processes"
         )
 
     # Run folder
@@ -768,7 +782,6 @@ def main(args):
     accelerator.print(
         f"policy        {policy_name}, also the reference\n"
         f"reward        {reward_name}\n"
-        f"value model   from the {'policy' if args.reward_fn else 'reward model'}\n"
         f"dataset       {args.dataset}\n"
         f"learning rate {args.learning_rate:g}, {args.num_updates} updates\n"
         f"run folder    {folder}{', resumed' if saved else ''}"
@@ -865,7 +878,7 @@ def main(args):
             rewards = scores - args.missing_eos_penalty * (1 - ended)
             rewards, scale = scale_scores(accelerator, rewards, state)
 
-            # 3. Values, log π_ref, and log π_old: recorded while sampling, recomputed in bfloat16
+            # 3. V_old, log π_ref, and log π_old: recorded while sampling, recomputed in bfloat16
             values_of = partial(response_values, value_model, length=T)
             old_values = in_batches(values_of, batch, responses, batch_size=args.micro_batch_size)
             ref_logprobs = logprobs_of(reference, batch, responses)  # [B, K, T]
@@ -875,7 +888,7 @@ def main(args):
 
             # 4. Advantages and returns of the response tokens
             mask = torch.arange(T, device=device) < lengths[..., None]  # [B, K, T]
-            advantages, returns, advantage_std = token_advantages(
+            advantages, returns, advantage_metrics = token_advantages(
                 accelerator, rewards, old_logprobs - ref_logprobs, old_values, mask, args
             )
 
@@ -886,6 +899,7 @@ def main(args):
             order = torch.randperm(len(batch), generator=generator)
             for minibatch in order.split(args.minibatch_size // world):
                 minibatch = minibatch.sort(descending=True).values  # the longest prompts first
+                # Its tokens in a process, on average: the processes' gradients are averaged, too
                 num_tokens = accelerator.reduce(mask[minibatch].double().sum(), "mean")
                 for micro in minibatch.split(args.micro_batch_size):
                     inputs = ([batch[b] for b in micro], [responses[b] for b in micro])
@@ -896,14 +910,14 @@ def main(args):
                         logps, sampled_logps = logprobs.sum(-1), sampled_logprobs[micro].sum(-1)
                         init_error = check_agreement(logps, sampled_logps, args)
                     is_token = mask[micro]
-                    loss, metrics = policy_loss(
+                    pg_loss, metrics = policy_loss(
                         logprobs, old_logprobs[micro], advantages[micro], is_token, args.clip_range
                     )
-                    error, value_metrics = value_loss(
+                    v_loss, value_metrics = value_loss(
                         values, old_values[micro], returns[micro], is_token, args.clip_range_value
                     )
-                    loss = loss + args.value_coef * error
-                    (loss * is_token.sum() / num_tokens).backward()  # losses are means over tokens
+                    loss = pg_loss + args.value_coef * v_loss  # means over the micro-batch's tokens
+                    (loss * is_token.sum() / num_tokens).backward()
                     stats.append(metrics | value_metrics)
                 grad_norm = clip_gradients(accelerator, trained, args.max_grad_norm)
                 optimizer.step()
@@ -915,8 +929,8 @@ def main(args):
         metrics["objective/kl"] = (old_logprobs - ref_logprobs).sum(-1).mean()
         metrics["objective/length"] = lengths.mean()
         metrics["objective/eos_rate"] = ended.mean()
-        metrics["value/advantage_std"] = advantage_std
-        metrics["grad_norm"] = grad_norm  # of the last step
+        metrics.update(advantage_metrics)
+        metrics["grad_norm"] = grad_norm  # of the last step, policy and value model together
         metrics = accelerator.reduce(metrics, "mean")
         metrics["objective/beta_raw"] = args.beta * scale  # β in units of the score
         metrics["val/ratio_init_error"] = init_error

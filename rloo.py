@@ -1,4 +1,4 @@
-"""RLOO: REINFORCE leave-one-out, with the clipping of PPO (Ahmadian et al. 2024, 2402.14740).
+"""RLOO: REINFORCE leave-one-out (Ahmadian et al. 2024, 2402.14740), with PPO's clipping added.
 
 Sample several responses to a prompt, score them, and raise the log-probability of the better ones
 relative to the worse ones, in proportion to the differences of their rewards. Adding a constant to
@@ -15,9 +15,8 @@ short for π(y|x). For K responses y_1, ..., y_K to a prompt, minimise L:
     ρ_i = π_θ(y_i) / π_old(y_i)                             sequence-level importance ratio
     L   = E max( −A_i ρ_i, −A_i clip(ρ_i, 1−ε, 1+ε) )
 
-At the first step of an update π_θ = π_old, and the gradient is that of P3O (p3o_v2.py), for every
-K. After it they differ: P3O clips a pair jointly, weights it by the ratios of both responses, and
-has the KL penalty of the current π_θ. The paper takes one step an update and needs no clipping.
+At the first step of an update π_θ = π_old, and the gradient is P3O's (p3o_v2.py) for every K. Later
+P3O clips pairs jointly, weights them by both ratios, and takes the KL penalty of the current π_θ.
 Dividing by s is not in the paper. It lets one β suit any reward.
 
     python rloo.py                                         # built-in tiny world, 2 minutes on a CPU
@@ -73,9 +72,10 @@ def policy_loss(logps, old_logps, ref_logps, rewards, beta, clip_range):
     others = penalised.sum(1, keepdim=True) - penalised
     advantages = penalised - others / (logps.shape[1] - 1)  # A, [B, K]
     logratio = logps - old_logps  # log ρ, [B, K]
-    unclipped = -advantages * logratio.exp()
-    clipped_ratio = logratio.exp().clamp(1 - clip_range, 1 + clip_range)
-    clipped = -advantages * clipped_ratio if clip_range else unclipped
+    ratio = logratio.exp()
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range) if clip_range else ratio
+    unclipped = -advantages * ratio
+    clipped = -advantages * clipped_ratio
     losses = torch.maximum(unclipped, clipped)
     loss = losses.mean()
     ratio = logratio.detach().clamp(max=20).exp()  # finite in the metrics

@@ -154,7 +154,7 @@ def test_logprobs_and_their_gradients_are_those_of_plain_forwards(policy, K):
 
 
 def test_values_are_read_before_every_token(reward_network):
-    """By a classifier: at the last token of the prompt, then at all of the response but its last."""
+    """At the last token of the prompt, then at all of the response but its last."""
     prompts, responses = some_rows(2)
     rows = []
     for x, y in each(prompts, responses):
@@ -666,6 +666,22 @@ def test_only_the_last_layers_and_an_untied_head_are_trained(shape, kind):
     for name, weight in model.named_parameters():
         if name in trained:
             assert_near(weight.grad, whole.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("kind", ["policy", "score"])
+def test_bfloat16_changes_little(shape, kind):
+    """Of the directions of gradients, which stay in float32."""
+    model, found = build(shape, kind, seed=1), []
+    function = response_scores if kind == "score" else partial(response_logps, temperature=0.7)
+    for dtype in (torch.float32, torch.bfloat16):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            values = function(model, *some_rows(2))
+        (weights_for(values) * values).sum().backward()
+        found.append([weight.grad.flatten() for weight in model.parameters()])
+    for exact, rounded in zip(*found):
+        assert rounded.dtype == torch.float32
+        assert torch.cosine_similarity(exact, rounded, dim=0) > 0.9
 
 
 def test_a_frozen_model_has_nothing_to_train(shape):

@@ -383,6 +383,7 @@ def test_mistakes_of_plot_frontier(runs, tmp_path):
         (tmp_path / "broken" / name).write_text("{")
     for flags, sentence in {
         "": "name runs",
+        "a --output f.jpeg": "--output f.jpeg must end in .png, .pdf or .svg",
         "nowhere": "No such file or directory: 'nowhere/args.json'",
         "broken": "broken has a damaged file",
         "empty": "no points with kl, reward and reward",

@@ -140,7 +140,10 @@ def test_rebel_runs(scripts, tmp_path):
 # ------------------------------------------------------------------------------------ Dr. GRPO
 def test_dr_grpo_takes_two_lines_away():
     changed = [row for row in DIFFS[1].read_text().splitlines()[2:] if row[0] in "+-"]
-    assert [row.split(" = ")[0].split() for row in changed] == [["-", "sums"], ["-", "advantages"]]
+    assert [row.split(" = ")[0].split() for row in changed] == [
+        ["-", "response_losses"],
+        ["-", "advantages"],
+    ]
 
 
 def test_the_loss_of_dr_grpo_is_the_mean_over_responses_of_the_sums_over_tokens(scripts):

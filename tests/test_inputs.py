@@ -12,9 +12,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, write_rows
+from conftest import TINY, build, save, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import dpo
 import p3o_v2
@@ -26,6 +26,7 @@ from p3o_v2 import (
     encode_prompts,
     load_function,
     load_prompts,
+    load_tokenizer,
     text_rewards,
 )
 from sft import encode_responses, load_examples
@@ -84,6 +85,16 @@ def test_responses_end_with_exactly_one_end_token(adds):
     assert found[4] == [*blue, eos]
     assert found[5] == (sky * 9)[:12]
     assert +counts == {"texts cut at an end token": 2, "responses cut at 12 tokens": 1}
+
+
+def test_ends_are_those_of_the_tokenizer_and_of_the_generation_config(tmp_path):
+    tokenizer = tokenizer_of("byte_level")
+    model = build("llama", "policy", seed=1, vocab_size=len(tokenizer))
+    for own, expected in ((None, [0]), (0, [0]), (2, [0, 2]), ([5, 2], [0, 2, 5])):
+        model.generation_config.eos_token_id = own
+        save(model, tmp_path, tokenizer)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert load_tokenizer(str(tmp_path), loaded)[1] == expected
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])

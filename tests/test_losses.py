@@ -247,7 +247,7 @@ def test_the_kl_penalty_of_grpo_is_the_kl_on_average_over_tokens_of_the_policy()
 
 def dr_grpo_loss():
     """The loss of grpo.py without the line that divides by the length of a response."""
-    line = "    sums = sums / mask.sum(-1)\n"
+    line = "    response_losses = response_losses / mask.sum(-1)\n"
     text = Path(grpo.__file__).read_text()
     assert text.count(line) == 1
     namespace = {"__name__": "dr_grpo", "__file__": grpo.__file__}
@@ -292,19 +292,17 @@ def test_the_policy_loss_of_ppo_is_its_formula(clip_range, spread):
 
 
 def plain_value_loss(values, old, returns, mask, clip_range):
-    losses, clipped, errors = [], [], []
+    losses, clipped, found = [], [], []
     for b, k, t in response_tokens(mask):
         V, V_old, target = values[b][k][t], old[b][k][t], returns[b][k][t]
         near = clip(V, V_old - clip_range, V_old + clip_range) if clip_range else V
         losses.append(max((V - target) ** 2, (near - target) ** 2))
         clipped.append((near - target) ** 2 > (V - target) ** 2)
-        errors.append(target - V)
-    found, targets = ([x[b][k][t] for b, k, t in response_tokens(mask)] for x in (values, returns))
+        found.append(V)
     return {
         "value/loss": 0.5 * mean(losses),
         "value/clipfrac": mean(clipped),
         "value/mean": mean(found),
-        "value/explained_variance": 1 - (deviation(errors) / deviation(targets)) ** 2,
     }
 
 
@@ -386,11 +384,13 @@ def test_token_advantages_have_the_score_at_the_last_token_and_are_whitened(
     padded = [x.masked_fill(~mask, 1e3) for x in (log_ratios, values)]
     args = SimpleNamespace(beta=beta, gamma=gamma, lam=lam)
     found = ppo.token_advantages(processes(world), rewards, *padded, mask, args)
-    advantages, returns, found_std = found
+    advantages, returns, metrics = found
     whitened = [(x - centre) / std for x in plain]
     torch.testing.assert_close(advantages[mask].tolist(), whitened, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(returns[mask].tolist(), expected_returns, **CLOSE)
-    assert found_std.item() == pytest.approx(std, rel=1e-10)
+    assert metrics["value/advantage_std"].item() == pytest.approx(std, rel=1e-7)
+    explained = 1 - (std / deviation(expected_returns)) ** 2
+    assert metrics["value/explained_variance"].item() == pytest.approx(explained, rel=1e-7)
 
 
 def scale_all(updates, world=1):
@@ -402,7 +402,7 @@ def scale_all(updates, world=1):
 @each_world
 @pytest.mark.parametrize("centre, spread", [(0.0, 1.0), (-100.0, 0.1), (1000.0, 1.0)])
 def test_scores_are_divided_by_the_standard_deviation_of_all_so_far(centre, spread, world):
-    """The present update included, then clipped to ±10; the mean is not subtracted."""
+    """The present update included; the mean is not subtracted, but ±10 are counted from it."""
     updates = [centre + (n + 1) * spread * normal(60, 2, seed=n) for n in range(4)]
     updates[2][0, 0] = -1e4
     updates = [scores.float().double() for scores in updates]  # as reward models give them
@@ -410,9 +410,8 @@ def test_scores_are_divided_by_the_standard_deviation_of_all_so_far(centre, spre
     for scores, (rewards, scale) in zip(updates, scale_all(updates, world)):
         seen += scores.flatten().tolist()
         assert scale == pytest.approx(deviation(seen), rel=1e-6)
-        expected = [
-            clip(score / deviation(seen), -10.0, 10.0) for score in scores.flatten().tolist()
-        ]
+        low, high = mean(seen) - 10 * deviation(seen), mean(seen) + 10 * deviation(seen)
+        expected = [clip(x, low, high) / deviation(seen) for x in scores.flatten().tolist()]
         torch.testing.assert_close(rewards.flatten().tolist(), expected, rtol=1e-6, atol=1e-6)
 
 

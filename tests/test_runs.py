@@ -61,6 +61,9 @@ def test_a_run_leaves_its_settings_logs_and_a_model(script, finished):
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
     evaluations = lines(folder / f"{EVALUATIONS[script]}.jsonl")
     assert [row["step"] for row in evaluations] == [0, 2, 4]
+    if script not in ONLINE:  # a cosine
+        factors = [row["lr"] / metrics[0]["lr"] for row in metrics]
+        assert factors == pytest.approx([1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
     events = events_of(folder)
     for key in metrics[0].keys() - {"step"}:
         assert [event.step for event in events.Scalars(key)] == [1, 2, 3, 4]
