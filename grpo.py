@@ -9,14 +9,15 @@ rewards of a prompt, or scaling them, changes nothing, and no value function is 
 π_old is the policy at the start of an update, which samples all responses of the update; π(y_t) is
 short for π(y_t|x, y_<t). For K responses y_1, ..., y_K to a prompt, minimise L:
 
-    A_i = (r_i − mean of the K rewards) / (their standard deviation + 10⁻⁴)
+    A_i = (r_i − mean of the K scores r) / (their standard deviation + 10⁻⁴)
     ρ_t = π_θ(y_t) / π_old(y_t)                             importance ratio of token t
-    k_t = π_ref(y_t) / π_θ(y_t) − log(π_ref(y_t) / π_θ(y_t)) − 1         estimates the KL (k3)
-    L   = E 1/|y_i| Σ_t [ max( −A_i ρ_t, −A_i clip(ρ_t, 1−ε, 1+ε) ) + β k_t ]
+    k_t = π_ref(y_t) / π_θ(y_t) − log(π_ref(y_t) / π_θ(y_t)) − 1                "k3"
+    L   = mean over responses of 1/|y_i| Σ_t [ max( −A_i ρ_t, −A_i clip(ρ_t, 1−ε, 1+ε) ) + β k_t ]
 
-Dr. GRPO (Liu et al. 2025, 2503.20783) leaves out the division by the standard deviation, which
-favours prompts whose rewards are alike, and by |y_i|, which favours long bad responses: two lines,
-docs/examples/dr_grpo.diff.
+The mean of k_t is the KL(π_θ ‖ π_ref) of a token; its gradient, here as in the paper, is that of
+KL(π_ref ‖ π_θ). Dr. GRPO (Liu et al. 2025, 2503.20783) drops two divisions: by the standard
+deviation, because it favours prompts whose scores are alike, and by |y_i|, because it favours long
+bad responses. See docs/examples/dr_grpo.diff.
 
     python grpo.py                                         # built-in tiny world, 2 minutes on a CPU
     python grpo.py --model pythia-1b                       # TL;DR, one GPU
