@@ -14,7 +14,7 @@ sample size is at least 50 and KL < log N − 4.5; beside it stands how much mor
 give than N/2 at the same KL. Best-of-n sampling, with KL at most log n − (n−1)/n, is a second
 curve, which one can reach without training.
 
-    python limit.py                                        # tiny world, half an hour on a CPU
+    python limit.py                                        # tiny world, up to an hour on a CPU
     python limit.py --num-samples 8192                     # keeps the samples, and adds to them
     python limit.py --model pythia-1b --dataset tldr
     python plot_frontier.py runs/p3o_v2/tiny/tiny --limit runs/limit/tiny/tiny/limit.json
