@@ -161,7 +161,7 @@ SHORT_ONLINE = "--prompts-per-update 4 --minibatch-size 4 --num-epochs 2 --num-r
 SHORT_ONLINE += " --max-response-tokens 8 --learning-rate 2e-4 --eval-prompts 4"
 SHORT = "--minibatch-size 4 --max-response-tokens 16 --learning-rate 1e-3 --eval-prompts 4"
 SHORT = {script: (SHORT_ONLINE if script in ONLINE else SHORT).split() for script in EVERY}
-FOUR = "--num-updates 4 --save-every 1 --eval-every 2 --output-dir run".split()
+THREE = "--num-updates 3 --save-every 1 --eval-every 2 --output-dir run".split()
 
 
 def write_rows(file, rows):
@@ -236,7 +236,7 @@ def data(shared):
 @pytest.fixture(scope="session")
 def flags(data):
     """{script: the flags of a short run in the folder run}"""
-    return {script: [*SHORT[script], *FOUR, "--dataset", data] for script in EVERY}
+    return {script: [*SHORT[script], *THREE, "--dataset", data] for script in EVERY}
 
 
 @pytest.fixture(scope="session")

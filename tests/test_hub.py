@@ -8,7 +8,7 @@ import shutil
 import datasets
 import pytest
 import torch
-from conftest import ONLINE, SHORT, TINY, Nursery, build, lines, run
+from conftest import OFFLINE, ONLINE, SHORT, TINY, Nursery, build, lines, run
 from datasets.packaged_modules.parquet.parquet import Parquet
 from transformers import AutoModelForCausalLM
 
@@ -75,7 +75,7 @@ def hub(tmp_path_factory):
     return Nursery(HF_HOME=str(home), **caches)
 
 
-@pytest.mark.parametrize("script", ["p3o_v2", "ppo", "dpo"])
+@pytest.mark.parametrize("script", (*ONLINE, *OFFLINE))
 def test_the_users_own_command_runs_to_the_end_with_nothing_prepared(script, hub, tmp_path):
     """--model pythia-1b, and sizes that suit a test."""
     sizes = [*SHORT[script], *"--num-updates 3 --eval-every 2 --max-response-tokens 16".split()]

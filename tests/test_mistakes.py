@@ -119,7 +119,7 @@ MISTAKES = [
     # numbers
     *[(script, "--minibatch-size 0", "--minibatch-size") for script in EVERY],
     *[(script, "--minibatch-size 3", "--minibatch-size 3") for script in ONLINE],
-    *[(script, "--num-responses 1", "--num-responses 1") for script in ONLINE],
+    *[(script, "--num-responses 1", "--num-responses 1") for script in ONLINE if script != "ppo"],
     *[(script, "--beta -1", "--beta") for script in (*ONLINE, "dpo", "mpo")],
     *[(script, "--tau -1", "--tau") for script in ("ipo", "mpo")],
     ("p3o_v2", "--seed -1", "--seed"),

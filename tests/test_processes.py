@@ -2,7 +2,6 @@
 was killed goes on as if nothing had been."""
 
 import re
-import shutil
 import signal
 import socket
 
@@ -66,7 +65,7 @@ def test_two_processes_take_the_steps_of_one(script, flags, finished, tmp_path):
     if script == "mpo":  # the samples of the reference are others
         of_samples = ("policy/loss", "policy/ref_sample_logps", "grad_norm")
         assert_same(found[:1], expected[:1], of_samples)
-        assert len(found) == 4
+        assert len(found) == 3
     else:
         assert_same(found, expected)
     found, expected = (lines(path / name) for path in (folder, finished(script)))
@@ -120,16 +119,15 @@ def test_samples_of_the_reference_are_answers_to_their_prompts(flags, finished, 
 def test_a_job_of_two_that_was_killed_goes_on_as_if_nothing_had_been(
     script, disturb, flags, tmp_path
 ):
-    moment = (KILL, "os.rename", "checkpoint-000003.part")
+    moment = (KILL, "os.rename", "checkpoint-000002.part")
     command = (*moment, ROOT / f"{script}.py", *flags[script])
     first, second = start_two(disturb, *command, cwd=tmp_path)
     code, said = first.wait()
     assert code == -signal.SIGKILL, said
     code, said = second.wait()
     assert code != 0, said  # it does not wait for the first forever
-    assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
     assert not (tmp_path / "run/model").exists()
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
     run_two(script, *flags[script], "--resume", cwd=tmp_path)
     run_two(script, *flags[script], "--output-dir", "undisturbed", cwd=tmp_path)
     assert ending(tmp_path / "run") == ending(tmp_path / "undisturbed")
