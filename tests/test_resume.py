@@ -42,20 +42,20 @@ MOMENTS = {  # line, event, file; exit code; the checkpoints that are left
         -signal.SIGKILL,
         ["checkpoint-000001.pt", "checkpoint-000002.part"],
     ),
+    "before the old one goes": (
+        (KILL, "os.remove", "checkpoint-000001.pt"),
+        -signal.SIGKILL,
+        ["checkpoint-000001.pt", "checkpoint-000002.part", "checkpoint-000002.pt"],
+    ),
     "half written": (
-        ("; ".join(TEAR), "os.rename", "checkpoint-000002.part"),
+        ("; ".join(TEAR), "os.truncate", "samples.jsonl"),
         -signal.SIGXFSZ,
-        ["checkpoint-000002.pt", "checkpoint-000003.part"],
+        ["checkpoint-000001.pt", "checkpoint-000002.pt", "checkpoint-000003.part"],
     ),
     "disk full": (
         (FULL, "os.truncate", "samples.jsonl"),
         1,
-        ["checkpoint-000002.pt", "checkpoint-000003.part"],
-    ),
-    "before the old one goes": (
-        (KILL, "os.remove", "checkpoint-000002.pt"),
-        -signal.SIGKILL,
-        ["checkpoint-000002.pt", "checkpoint-000003.pt"],
+        ["checkpoint-000001.pt", "checkpoint-000002.pt", "checkpoint-000003.part"],
     ),
 }
 
