@@ -45,7 +45,7 @@ MOMENTS = {  # line, event, file; exit code; the checkpoints that are left
     "before the old one goes": (
         (KILL, "os.remove", "checkpoint-000001.pt"),
         -signal.SIGKILL,
-        ["checkpoint-000001.pt", "checkpoint-000002.part", "checkpoint-000002.pt"],
+        ["checkpoint-000001.pt", "checkpoint-000002.pt"],
     ),
     "half written": (
         ("; ".join(TEAR), "os.truncate", "samples.jsonl"),
