@@ -544,16 +544,16 @@ def find_checkpoint(folder, record, args):
 
 def start_run(accelerator, folder, record, state, args):
     """Open the run folder: remove an earlier run, or cut its logs to those of the checkpoint."""
-    if "log_sizes" not in state:
+    folder.mkdir(parents=True, exist_ok=True)
+    if "log_sizes" in state:
+        for name, size in state["log_sizes"].items():
+            os.truncate(folder / name, size)
+    else:
         shutil.rmtree(folder / "model", ignore_errors=True)
         for pattern in (*LOGS, "events.out.tfevents.*", f"{CHECKPOINT}.p*t"):
             for path in folder.glob(pattern):
                 path.unlink()
-    else:
-        for name, size in state["log_sizes"].items():
-            os.truncate(folder / name, size)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(record, indent=2))
+        (folder / "args.json").write_text(json.dumps(record, indent=2))
     if args.track:
         import wandb  # optional
 
@@ -695,7 +695,7 @@ def main(args):
     file = folder / "reference.pt"
     with torch.no_grad(), autocast():
         if saved:
-            ref_logps = torch.load(file, device)
+            ref_logps = torch.load(file, device.type)
         else:
             ref_logps = torch.zeros(N, 2, device=device).double()
             ref_logps[rank::world] = logps_of(reference, examples[rank::world])

@@ -75,11 +75,10 @@ def kill_once(script, updates, folder, draw, in_save):
     Returns whether that was inside a save, and a sentence; None if the run had ended before.
     """
     run = folder / "run"
-    record = run / "args.json"
-    before = record.stat().st_mtime_ns if record.exists() else 0
+    before = sorted(run.glob("events.*"))
     process = start(script, updates, folder, "--resume")
     # Until the run is opened, its logs are those of the run before
-    wait_until(lambda: record.exists() and record.stat().st_mtime_ns != before, process)
+    wait_until(lambda: sorted(run.glob("events.*")) != before, process)
     first, more = updates_logged(run), draw.choice((2, 3))
     wait_until(lambda: updates_logged(run) > first, process)
     began = time.monotonic()

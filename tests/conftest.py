@@ -156,8 +156,7 @@ STAGES = ("sft", "reward_model")
 EVERY = (*ONLINE, *OFFLINE, *STAGES)
 LOSS = dict.fromkeys(EVERY, "policy/loss") | {"sft": "sft/loss", "reward_model": "rm/loss"}
 EVALUATIONS = {script: "evaluations" if script in STAGES else "frontier" for script in EVERY}
-# A minibatch is a whole batch, so that two processes have the minibatches of one.
-SHORT_ONLINE = "--prompts-per-update 4 --minibatch-size 4 --num-epochs 2 --num-responses 2"
+SHORT_ONLINE = "--prompts-per-update 4 --minibatch-size 2 --num-epochs 2 --num-responses 2"
 SHORT_ONLINE += " --max-response-tokens 8 --learning-rate 2e-4 --eval-prompts 4"
 SHORT = "--minibatch-size 4 --max-response-tokens 16 --learning-rate 1e-3 --eval-prompts 4"
 SHORT = {script: (SHORT_ONLINE if script in ONLINE else SHORT).split() for script in EVERY}

@@ -62,11 +62,10 @@ MOMENTS = {  # line, event, file; exit code; the checkpoints that are left
 
 def kill_at_random(script, options, cwd, draw):
     """SIGKILL from outside, at any time since the run was opened."""
-    record = cwd / "run/args.json"
-    before = record.stat().st_mtime_ns
+    before = list(cwd.glob("run/events.*"))
     process = Script(script, *options, cwd=cwd)
     ended = Path(f"{process.output}.code")
-    while record.stat().st_mtime_ns == before and not ended.exists():
+    while list(cwd.glob("run/events.*")) == before and not ended.exists():
         time.sleep(0.001)
     time.sleep(draw.uniform(0, 0.5))
     with suppress(ProcessLookupError):
@@ -96,6 +95,19 @@ def test_a_killed_run_ends_as_if_nothing_had_been(script, disturb, flags, finish
     assert ending(tmp_path / "run") == ending(finished(script))
     found = [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
     assert found == ["checkpoint-000003.pt"]
+
+
+def test_a_disk_that_is_full_when_a_run_goes_on_does_not_cost_its_settings(
+    disturb, flags, finished, tmp_path
+):
+    options = [*flags["p3o_v2"], "--resume"]
+    stop(disturb, "written, not renamed", "p3o_v2", options, tmp_path)
+    full = FULL.replace("3_000_000", "50")
+    command = (full, "os.truncate", "samples.jsonl", ROOT / "p3o_v2.py", *options)
+    code, said = Script(disturb, *command, cwd=tmp_path).wait()
+    assert code == 1, said
+    run("p3o_v2", *options, cwd=tmp_path)
+    assert ending(tmp_path / "run") == ending(finished("p3o_v2"))
 
 
 @pytest.mark.parametrize("script", OFFLINE)

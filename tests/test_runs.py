@@ -166,7 +166,7 @@ def test_bfloat16_starts_at_the_reference_to_the_bit(script, flags, finished, tm
     """And changes little. Where the last layer alone is trained, it alone changes."""
     more = ["--dtype", "bfloat16", "--unfrozen-layers", 1, "--num-updates", 1]
     if script in ONLINE:
-        more += ["--num-epochs", 1]
+        more += ["--num-epochs", 1, "--minibatch-size", 4]
     if script == "sft":
         more += ["--model", TINY / "sft"]  # tiny starts at random
     run(script, *flags[script], *more, cwd=tmp_path)
