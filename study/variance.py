@@ -1,17 +1,17 @@
-"""Variance of three estimates of the policy gradient, exactly, on a policy small enough to enumerate.
+"""Exact variance of three estimates of the policy gradient, on a policy that can be enumerated.
 
-    python benchmark/study_variance.py
+    python study/variance.py
 
-A softmax policy over 30 responses to each of 200 prompts, rewards N(0, 2²) within a prompt plus a number of the
-prompt's own, δ(x) ~ N(0, s²). An estimate uses two responses to a prompt, y_1 and y_2 ~ π; its variance is the trace of
-its covariance, summed over all pairs of responses and averaged over prompts. All have the same mean, ∇E[r].
+A softmax policy over 30 responses to each of 200 prompts. Rewards are N(0, 2²) within a prompt plus
+δ(x) ~ N(0, s²) of the prompt. An estimate uses two responses y_1, y_2 ~ π. Its variance is the trace
+of its covariance, averaged over prompts. All estimates have the same mean, ∇E[r].
 
-    VPG                      ½ Σ_i r_i ∇log π(y_i)
-    VPG, prompt mean         ½ Σ_i (r_i − E[r|x]) ∇log π(y_i)            the baseline that a value function is to learn
-    PPG                      ½ (r_1 − r_2) ∇(log π(y_1) − log π(y_2))
-    PPG, K                   its mean over all pairs of K responses, times K/2: K responses cost what K/2 pairs do
+    VPG                 ½ Σ_i r_i ∇log π(y_i)
+    VPG, prompt mean    ½ Σ_i (r_i − E[r|x]) ∇log π(y_i)     with the baseline of a perfect value model
+    PPG                 ½ (r_1 − r_2) ∇(log π(y_1) − log π(y_2))
+    PPG, K              K/2 times its mean over all pairs of K responses: per two responses, as above
 
-Writes benchmark/results/variance.json.
+Writes study/results/variance.json.
 """
 
 import json

@@ -1,0 +1,275 @@
+"""Run the study, or benchmark an algorithm of your own.
+
+    python study/run.py --list                     parts of the study, and what is missing
+    python study/run.py                            make the runs that are missing
+    python study/run.py --parts search budget      of these parts alone
+    python study/run.py --script my_algorithm.py   search, three seeds, a row and a figure
+
+Each run is a script with flags on one core. What the figures need of it is stored as soon as it
+ends, so the study can be stopped at any time and goes on with the same command. The runs of parts
+go to study/results, those of your own script to runs/study/NAME. settings.py says what is run.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import figures
+import models
+import settings
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+POINT = "kl kl_se kl_k1 reward reward_se gold gold_se length eos_rate win_rate_vs_sft".split()
+METRICS = "policy/clipfrac policy/ratio_max grad_norm objective/beta_raw rewards/accuracies"
+METRICS = f"{METRICS} policy/pair_weight_mean policy/pair_weight_std time/update".split()
+
+
+class UserError(Exception):
+    """A mistake in the arguments, reported in one sentence without a traceback."""
+
+
+@dataclass
+class Args:
+    script: str = ""  # FILE.py of your own, to be compared with the stored results
+    parts: tuple[str, ...] = ()  # parts to run, in this order (empty: all)
+    list: bool = False  # only list the parts and how many of their runs are stored
+    workers: int = 2  # runs at a time, one core each
+
+
+# ------------------------------------------------------------------------------------------ runs
+def start(flags, folder):
+    """Start a script with these flags on one core. Returns the process; its output is in a .log."""
+    name = flags["script"]
+    file = ROOT / f"{name}.py" if name.isidentifier() else Path(name)
+    command = [sys.executable, str(file), f"--output-dir={folder}", "--overwrite"]
+    for key, value in flags.items():
+        if key not in ("script", "crc"):
+            command.append(f"--{key.replace('_', '-')}={value}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "w") as log:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        )
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def short(value):
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def chosen(row, keys):
+    return {key: short(row[key]) for key in ("step", *keys) if key in row}
+
+
+def outcome(flags, folder, seconds):
+    """What is stored of a run: its frontier, and its metrics at the evaluations."""
+    frontier = [chosen(row, POINT) for row in read_lines(folder / "frontier.jsonl")]
+    steps = {1} | {point["step"] for point in frontier}
+    metrics = [chosen(row, METRICS) for row in read_lines(folder / "metrics.jsonl")]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "commit": commit,
+        "settings": flags,
+        "seconds": round(seconds, 1),
+        "frontier": frontier,
+        "metrics": [row for row in metrics if row["step"] in steps],
+    }
+
+
+def run_all(jobs, workers):
+    """Run jobs, (flags, folder), a few at a time, with a bar of their updates.
+
+    Yields flags, folder, seconds and the exit code of each as it ends.
+    """
+    waiting, running, done = list(jobs), [], 0
+    with tqdm(total=len(waiting), unit="run", smoothing=0, disable=None) as bar:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                flags, folder = waiting.pop(0)
+                running.append((start(flags, folder), flags, folder, time.perf_counter()))
+            time.sleep(0.2)
+            for job in list(running):
+                process, flags, folder, began = job
+                if process.poll() is not None:
+                    running.remove(job)
+                    done += 1
+                    bar.update(done - bar.n)
+                    yield flags, folder, time.perf_counter() - began, process.returncode
+            shares = [share_done(folder) for _, _, folder, _ in running]
+            bar.n = done + round(sum(shares), 2)
+            bar.refresh()
+
+
+def share_done(folder):
+    """The part of its updates that a run has made."""
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        return 0
+    total = json.loads((folder / "args.json").read_text())["num_updates"] or 375
+    return min(1, file.read_text().count("\n") / total)
+
+
+def write(file, text):
+    """Write a file whole or not at all."""
+    part = file.with_suffix(".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(text)
+    part.rename(file)
+
+
+def make(runs, file, folder, workers):
+    """Make those of the runs that are not stored in the file yet, and store them there.
+
+    Returns all runs of the file, and the settings of those that failed.
+    """
+    stored = json.loads(file.read_text()) if file.exists() else []
+    known = [row["settings"] for row in stored]
+    missing = [flags for flags in runs if flags not in known]
+    jobs = [(flags, folder / f"{file.stem}_{i}") for i, flags in enumerate(missing)]
+    failed = []
+    for flags, place, seconds, code in run_all(jobs, workers):
+        label = " ".join(f"{key}={value}" for key, value in flags.items() if key != "crc")
+        if code:
+            lines = Path(f"{place}.log").read_text().strip().splitlines() or [""]
+            tqdm.write(f"failed: {label}\n    {lines[-1]}\n    the whole output: {place}.log")
+            failed.append(flags)
+            continue
+        stored.append(outcome(flags, place, seconds))
+        rows = ",\n".join(map(json.dumps, stored))
+        write(file, f"[\n{rows}\n]\n")
+        end = stored[-1]["frontier"][-1]
+        values = ", ".join(f"{key} {end[key]:.2f}" for key in ("kl", "reward", "gold"))
+        tqdm.write(f"{label}: {values}, {seconds:.0f} s")
+        shutil.rmtree(place)
+        Path(f"{place}.log").unlink()
+    return stored, failed
+
+
+# ----------------------------------------------------------------------------------------- parts
+def list_parts():
+    """Print the parts, how many of their runs are stored, and what these took."""
+    for name, part in settings.PARTS.items():
+        known = [row["settings"] for row in figures.stored(name)]
+        runs = part()
+        found = sum(flags in known for flags in runs)
+        seconds = sum(row["seconds"] for row in figures.stored(name))
+        state = "complete" if found == len(runs) else f"{len(runs) - found} missing"
+        hours = f"{seconds / 3600:.1f} h of a core"
+        print(f"{name:12} {found:3} of {len(runs):3} runs, {hours}, {state}: {part.__doc__}")
+
+
+def run_parts(args):
+    """Make what is missing of the parts. Raises UserError if runs failed."""
+    failures = 0
+    for name in args.parts or settings.PARTS:
+        runs = settings.PARTS[name]()
+        trained = models.prepare(runs)
+        jobs = [(flags, folder) for folder, flags in trained.items()]
+        for flags, folder, _, code in run_all(jobs, args.workers):
+            if code:
+                raise UserError(f"{flags['script']}.py failed: see {folder}.log")
+        _, failed = make(runs, figures.RESULTS / f"{name}.json", ROOT / "runs/study", args.workers)
+        failures += len(failed)
+        models.store_facts(runs, figures.RESULTS / "made.json")
+    if failures:
+        raise UserError(f"{failures} runs failed; the same command makes them again")
+
+
+# ------------------------------------------------------------------------------ your own algorithm
+def own_values(script, folder):
+    """Learning rate, β (None without one) and the budget's flags of a script, from a short run."""
+    jobs = [({"script": script, "num_updates": 1, "eval_prompts": 4}, folder / "first")]
+    for _, place, _, code in run_all(jobs, 1):
+        if code:
+            lines = Path(f"{place}.log").read_text().strip().splitlines() or [""]
+            raise UserError(f"{script} failed: {lines[-1]} (the whole output: {place}.log)")
+    record = json.loads((folder / "first/args.json").read_text())
+    offline = "prompts_per_update" not in record
+    name = next((key for key in ("beta", "tau") if key in record), None)
+    flags = settings.OFFLINE_FLAGS if offline else settings.ONLINE_FLAGS
+    return record["learning_rate"], name, record.get(name), flags
+
+
+def benchmark(args):
+    """Search learning rate and β of a script, run three fresh seeds, print and draw the result."""
+    script = Path(args.script).resolve()
+    if not script.is_file():
+        raise UserError(f"--script {args.script}: no such file")
+    folder = ROOT / "runs/study" / script.stem
+    crc = zlib.crc32(script.read_bytes())  # an edited script starts over
+    rate, name, strength, flags = own_values(str(script), folder)
+    common = {"script": str(script), "crc": crc, **flags}
+
+    def runs_of(pairs, seeds):
+        runs = []
+        for seed in seeds:
+            for rate, strength in pairs:
+                run = {**common, "learning_rate": rate, "seed": seed}
+                if name:
+                    run[name] = strength
+                runs.append(run)
+        return runs
+
+    pairs = settings.around(rate, strength)
+    print(f"search: {len(pairs)} settings of {script.name} on one seed", flush=True)
+    runs = runs_of(pairs, [settings.SEARCH_SEED])
+    stored, failed = make(runs, folder / "search.json", folder, args.workers)
+    found = [row for row in stored if row["settings"] in runs]
+    if not found:
+        raise UserError(f"all runs of {script.name} failed")
+    best = max(found, key=figures.mean_share)["settings"]
+    pair = best["learning_rate"], best.get(name)
+    seeds = settings.SEEDS[:3]
+    print(f"learning rate {pair[0]:g}, {name} {pair[1]}; {len(seeds)} fresh seeds", flush=True)
+    runs = runs_of([pair], seeds)
+    stored, failed = make(runs, folder / "seeds.json", folder, args.workers)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed; the same command makes them again"
+        )
+    found = [row for row in stored if row["settings"] in runs]
+    curves = figures.by_script(figures.stored("budget")) | {script.stem: found}
+    figures.print_rows(curves)
+    file = folder / "frontier.png"
+    figures.draw_frontier(curves, file, title=f"{script.name} among the scripts of this repository")
+    print(f"figure: {file}")
+
+
+def main(args):
+    unknown = [name for name in args.parts if name not in settings.PARTS]
+    if unknown:
+        raise UserError(f"--parts {unknown[0]}: one of {', '.join(settings.PARTS)}")
+    if args.list:
+        list_parts()
+    elif args.script:
+        benchmark(args)
+    else:
+        run_parts(args)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except UserError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
