@@ -2,14 +2,14 @@
 
     python study/variance.py
 
-A softmax policy over 30 responses to each of 200 prompts. Rewards are N(0, 2²) within a prompt plus
-δ(x) ~ N(0, s²) of the prompt. An estimate uses two responses y_1, y_2 ~ π. Its variance is the trace
-of its covariance, averaged over prompts. All estimates have the same mean, ∇E[r].
+A softmax policy over 30 responses to each of 200 prompts. Rewards are N(0, 2²) within a prompt,
+plus δ(x) ~ N(0, s²) of the prompt. An estimate uses two responses y_1, y_2 ~ π. Its variance is the
+trace of its covariance, averaged over prompts. All estimates have the same mean, ∇E[r].
 
     VPG                 ½ Σ_i r_i ∇log π(y_i)
-    VPG, prompt mean    ½ Σ_i (r_i − E[r|x]) ∇log π(y_i)     with the baseline of a perfect value model
+    VPG, prompt mean    ½ Σ_i (r_i − E[r|x]) ∇log π(y_i)      the baseline of a perfect value model
     PPG                 ½ (r_1 − r_2) ∇(log π(y_1) − log π(y_2))
-    PPG, K              K/2 times its mean over all pairs of K responses: per two responses, as above
+    PPG, K              K/2 times its mean over all pairs of K responses, so per two responses
 
 Writes study/results/variance.json.
 """
