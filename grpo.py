@@ -368,7 +368,8 @@ def load_rewards(reward_name, tokenizer, device, args):
 def head_logits(model, hidden, temperature):
     """Logits [..., V] of hidden states [..., D], in float32 also under autocast."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return model.get_output_embeddings()(hidden.float()) / temperature
+        logits = model.get_output_embeddings()(hidden.float())
+        return logits / temperature if temperature != 1 else logits
 
 
 def sample_responses(model, prompts, noise, temperature, end_ids):
@@ -756,8 +757,8 @@ def main(args):
     if not saved:
         evaluate(0)
     batches = shuffled(len(prompts), args.num_updates * B, args.seed).split(B)
-    updates = range(state["update"] + 1, args.num_updates + 1)
-    progress = tqdm(updates, disable=None if is_main else True)  # None: on a terminal only
+    # A bar of the main process, on a terminal only
+    progress = tqdm(range(state["update"] + 1, args.num_updates + 1), disable=not is_main or None)
     for update in progress:
         start = time.perf_counter()
         state["update"] = update

@@ -423,7 +423,8 @@ def generate_responses(model, prompts, end_ids, args):
 def head_logits(model, hidden, temperature):
     """Logits [..., V] of hidden states [..., D], in float32 also under autocast."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return model.get_output_embeddings()(hidden.float()) / temperature
+        logits = model.get_output_embeddings()(hidden.float())
+        return logits / temperature if temperature != 1 else logits
 
 
 def response_hidden(model, prompts, responses):
@@ -677,11 +678,13 @@ def main(args):
 
     autocast = partial(torch.autocast, device.type, torch.bfloat16, args.dtype == "bfloat16")
 
+    @autocast()
     def logps_of(model, examples):
         """log π(y|x) of the responses of n examples under a model, [n, K] float64."""
         function = partial(response_logps, model, temperature=args.temperature)
         return in_batches(function, *zip(*examples), batch_size=args.micro_batch_size)
 
+    @autocast()
     def answer(model):
         """Responses of a model to the held-out prompts, their rewards, and the texts."""
         responses = generate_responses(model, eval_prompts, end_ids, args)
@@ -689,20 +692,18 @@ def main(args):
         return responses, rewards, decode_texts(tokenizer, eval_prompts, responses)
 
     # log π_ref of all pairs, which a resumed run finds again, and the answers of the reference
-    file = folder / "reference.pt"
-    with torch.no_grad(), autocast():
+    with torch.no_grad():
         if saved:
-            ref_logps = torch.load(file, device.type)
+            ref_logps = torch.load(folder / "reference.pt", device.type)
         else:
             ref_logps = torch.zeros(N, 2, device=device).double()
             ref_logps[rank::world] = logps_of(reference, examples[rank::world])
             ref_logps = accelerator.reduce(ref_logps)  # the sum of all shares
             if is_main:
-                torch.save(ref_logps, file)
+                torch.save(ref_logps, folder / "reference.pt")
         _, sft_rewards, sft_samples = answer(reference)
 
     @torch.no_grad()
-    @autocast()
     def evaluate(update):
         """Log a point of the KL-reward frontier, from one response to each held-out prompt."""
         reference.to(device)
@@ -725,8 +726,8 @@ def main(args):
     torch.manual_seed(args.seed)  # the same order after a resume
     passes = [torch.randperm(N) for _ in range(args.num_updates * args.minibatch_size // N + 1)]
     batches = torch.cat(passes).split(args.minibatch_size)
-    updates = range(state["update"] + 1, args.num_updates + 1)
-    progress = tqdm(updates, disable=None if is_main else True)  # None: on a terminal only
+    # A bar of the main process, on a terminal only
+    progress = tqdm(range(state["update"] + 1, args.num_updates + 1), disable=not is_main or None)
     for update in progress:
         start = time.perf_counter()
         state["update"] = update
@@ -737,8 +738,7 @@ def main(args):
         stats = []
         for micro in minibatch.split(args.micro_batch_size):
             batch = [examples[i] for i in micro]
-            with autocast():
-                logps = logps_of(policy, batch)  # [B, 2]
+            logps = logps_of(policy, batch)  # [B, 2]
             logps = torch.cat([logps, ref_logps[micro]], 1)  # [B, 4]
             if args.average_logprobs:
                 lengths = [[len(y) for y in pair] * 2 for _, pair in batch]  # [B, 4]

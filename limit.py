@@ -332,7 +332,8 @@ def load_rewards(reward_name, tokenizer, device, args):
 def head_logits(model, hidden, temperature):
     """Logits [..., V] of hidden states [..., D], in float32 also under autocast."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return model.get_output_embeddings()(hidden.float()) / temperature
+        logits = model.get_output_embeddings()(hidden.float())
+        return logits / temperature if temperature != 1 else logits
 
 
 def sample_responses(model, prompts, noise, temperature, end_ids):

@@ -446,7 +446,8 @@ def generate_responses(model, prompts, end_ids, args):
 def head_logits(model, hidden, temperature):
     """Logits [..., V] of hidden states [..., D], in float32 also under autocast."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return model.get_output_embeddings()(hidden.float()) / temperature
+        logits = model.get_output_embeddings()(hidden.float())
+        return logits / temperature if temperature != 1 else logits
 
 
 def response_hidden(model, prompts, responses):
@@ -700,6 +701,7 @@ def main(args):
 
     autocast = partial(torch.autocast, device.type, torch.bfloat16, args.dtype == "bfloat16")
 
+    @autocast()
     def logps_of(model, examples):
         """log π(y|x) of the responses of n examples under a model, [n, K] float64."""
         function = partial(response_logps, model, temperature=args.temperature)
@@ -759,8 +761,8 @@ def main(args):
     torch.manual_seed(args.seed)  # the same order after a resume
     passes = [torch.randperm(N) for _ in range(args.num_updates * args.minibatch_size // N + 1)]
     batches = torch.cat(passes).split(args.minibatch_size)
-    updates = range(state["update"] + 1, args.num_updates + 1)
-    progress = tqdm(updates, disable=None if is_main else True)  # None: on a terminal only
+    # A bar of the main process, on a terminal only
+    progress = tqdm(range(state["update"] + 1, args.num_updates + 1), disable=not is_main or None)
     for update in progress:
         start = time.perf_counter()
         state["update"] = update
@@ -770,8 +772,7 @@ def main(args):
         minibatch = batches[update - 1][rank::world].sort(descending=True).values
         stats = []
         for micro in minibatch.split(args.micro_batch_size):
-            with autocast():
-                logps = logps_of(policy, [examples[i] for i in micro])  # [B, 2 + S]
+            logps = logps_of(policy, [examples[i] for i in micro])  # [B, 2 + S]
             pair_logps = torch.cat([logps[:, :2], ref_logps[micro].to(device)], 1)  # [B, 4]
             if args.average_logprobs:
                 pair_logps = pair_logps / lengths[micro].to(device)

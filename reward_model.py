@@ -557,8 +557,8 @@ def main(args):
         evaluate(0)
     total = args.num_updates * args.minibatch_size
     batches = shuffled(len(examples), total, args.seed).split(args.minibatch_size)
-    updates = range(state["update"] + 1, args.num_updates + 1)
-    progress = tqdm(updates, disable=None if is_main else True)  # None: on a terminal only
+    # A bar of the main process, on a terminal only
+    progress = tqdm(range(state["update"] + 1, args.num_updates + 1), disable=not is_main or None)
     for update in progress:
         start = time.perf_counter()
         state["update"] = update

@@ -273,7 +273,8 @@ def load_examples(tokenizer, end_ids, longest, columns, args):
 def head_logits(model, hidden, temperature):
     """Logits [..., V] of hidden states [..., D], in float32 also under autocast."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return model.get_output_embeddings()(hidden.float()) / temperature
+        logits = model.get_output_embeddings()(hidden.float())
+        return logits / temperature if temperature != 1 else logits
 
 
 def response_hidden(model, prompts, responses):
@@ -526,8 +527,8 @@ def main(args):
         evaluate(0)
     total = args.num_updates * args.minibatch_size
     batches = shuffled(len(examples), total, args.seed).split(args.minibatch_size)
-    updates = range(state["update"] + 1, args.num_updates + 1)
-    progress = tqdm(updates, disable=None if is_main else True)  # None: on a terminal only
+    # A bar of the main process, on a terminal only
+    progress = tqdm(range(state["update"] + 1, args.num_updates + 1), disable=not is_main or None)
     for update in progress:
         start = time.perf_counter()
         state["update"] = update

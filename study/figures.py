@@ -134,8 +134,9 @@ def clipped(runs):
 
 
 def largest_ratio(runs):
-    """In the last update."""
-    return f"{max(run['metrics'][-1]['policy/ratio_max'] for run in runs):.1f}"
+    """In the last update, of all seeds."""
+    ratios = [run["metrics"][-1]["policy/ratio_max"] for run in runs]
+    return f"{min(ratios):.1f} to {max(ratios):.1f}"
 
 
 def accuracy(runs):
@@ -162,7 +163,7 @@ def falls(runs):
         end, top = run["frontier"][-1], max(run["frontier"], key=lambda point: point["gold"])
         if top["gold"] - end["gold"] > 2 * (end["gold_se"] ** 2 + top["gold_se"] ** 2) ** 0.5:
             found.append(top["kl"])
-    return ", ".join(f"{kl:.1f}" for kl in sorted(found)) or "none"
+    return ", ".join(f"{kl:.1f}" for kl in sorted(found)) or "–"
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -204,30 +205,31 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def percents(runs, pairs, marked):
-    """The mean share in % at these settings, one run each. The best of them are bold."""
-    shares = {pair: mean_share(found[0]) for pair, found in by_pair(runs).items()}
-    texts = {pair: f"{100 * value:.0f}" for pair, value in shares.items()}
-    for pair in sorted(shares, key=shares.get)[-marked:]:
-        texts[pair] = f"**{texts[pair]}**"
-    return [texts.get(pair, "") for pair in pairs]
+def percents(runs, pairs, bold):
+    """The mean share in % at these settings, one run each; some of them are bold."""
+    found, texts = by_pair(runs), []
+    for pair in pairs:
+        text = f"{100 * mean_share(found[pair][0]):.0f}" if pair in found else ""
+        texts.append(f"**{text}**" if pair in bold else text)
+    return texts
 
 
 def search_table():
     rows = []
     for script, runs in by_script(stored("search")).items():
-        best = max(runs, key=mean_share)["settings"]
+        [best] = by_pair([max(runs, key=mean_share)])
         pairs = settings.around(*settings.OWN[script])
-        rows.append([script, *percents(runs, pairs, 1), best["learning_rate"], best["beta"]])
+        rows.append([script, *percents(runs, pairs, [best]), *best])
     factors = product(settings.LEARNING_RATE_FACTORS, settings.BETA_FACTORS)
     columns = [f"lr × {x:g}, β × {y:g}" for x, y in factors]
     return table(["algorithm", *columns, "best lr", "its β"], rows)
 
 
 def grid_table():
-    runs = stored("grid")
-    pairs = list(by_pair(runs))
-    rows = [[script, *percents(found, pairs, 2)] for script, found in by_script(runs).items()]
+    pairs = list(by_pair(stored("grid")))
+    rows = []
+    for script, runs in by_script(stored("grid")).items():
+        rows.append([script, *percents(runs, pairs, settings.SMALL_BEST[script])])
     return table(["algorithm", *(f"{rate:g}, {beta:g}" for rate, beta in pairs)], rows)
 
 
@@ -250,7 +252,8 @@ def limit_table():
 def variance_table():
     found = stored("variance")
     head = [f"{key} responses" if key[-1].isdigit() else key for key in found[0]]
-    return table(head, [[f"{value:.2f}" for value in row.values()] for row in found])
+    rows = [[row.pop("s"), *(f"{value:.2f}" for value in row.values())] for row in found]
+    return table(head, rows)
 
 
 TABLES = {  # a function; or settings and columns: a row for each value of the settings
@@ -356,7 +359,7 @@ def over_epochs(value):
         points = zip(*(run["frontier"] for run in runs))
         height = [mean(point[value] for point in of_epoch) for of_epoch in points]
         kl = mean(run["frontier"][-1]["kl"] for run in runs)
-        return range(len(height)), height, height, height, f", at last KL {kl:.1f}"
+        return range(len(height)), height, height, height, f" (KL {kl:.1f} at the end)"
 
     return curve
 
@@ -379,8 +382,7 @@ def draw_panels(panels, file, curve_of, x_label, y_label):
         axes.set_title(title, fontsize=9)
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(left=0)
-    row[0].set_ylabel(y_label)
+    row[0].set(xlim=(0, None), ylabel=y_label)
     figure.supxlabel(x_label, fontsize=10)
     figure.savefig(file, dpi=130)
 

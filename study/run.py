@@ -42,6 +42,7 @@ class Args:
     parts: tuple[str, ...] = ()  # parts to run, in this order (empty: all)
     list: bool = False  # only list the parts and how many of their runs are stored
     workers: int = 2  # runs at a time, one core each
+    output_dir: str = "runs/study"  # for runs, and for the results of --script
 
 
 # ------------------------------------------------------------------------------------------ runs
@@ -53,6 +54,7 @@ def start(flags, folder):
     for key, value in flags.items():
         if key not in ("script", "crc"):
             command.append(f"--{key.replace('_', '-')}={value}")
+    shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "w") as log:
         return subprocess.Popen(
@@ -137,9 +139,10 @@ def write(file, text):
 def make(runs, file, folder, workers):
     """Make those of the runs that are not stored in the file yet, and store them there.
 
-    Returns all runs of the file, and the settings of those that failed.
+    Returns what is stored of them, and the settings of those that failed.
     """
     stored = json.loads(file.read_text()) if file.exists() else []
+    stored = [row for row in stored if row["settings"] in runs]
     known = [row["settings"] for row in stored]
     missing = [flags for flags in runs if flags not in known]
     jobs = [(flags, folder / f"{file.stem}_{i}") for i, flags in enumerate(missing)]
@@ -185,7 +188,9 @@ def run_parts(args):
         for flags, folder, _, code in run_all(jobs, args.workers):
             if code:
                 raise UserError(f"{flags['script']}.py failed: see {folder}.log")
-        _, failed = make(runs, figures.RESULTS / f"{name}.json", ROOT / "runs/study", args.workers)
+        _, failed = make(
+            runs, figures.RESULTS / f"{name}.json", ROOT / args.output_dir, args.workers
+        )
         failures += len(failed)
         models.store_facts(runs, figures.RESULTS / "made.json")
     if failures:
@@ -212,10 +217,14 @@ def benchmark(args):
     script = Path(args.script).resolve()
     if not script.is_file():
         raise UserError(f"--script {args.script}: no such file")
-    folder = ROOT / "runs/study" / script.stem
+    folder = ROOT / args.output_dir / script.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = shutil.copy(script, folder)  # so that it can be edited meanwhile
+    if not (folder / "tiny").exists():  # scripts look for it beside them
+        (folder / "tiny").symlink_to(ROOT / "tiny")
     crc = zlib.crc32(script.read_bytes())  # an edited script starts over
-    rate, name, strength, flags = own_values(str(script), folder)
-    common = {"script": str(script), "crc": crc, **flags}
+    rate, name, strength, flags = own_values(str(copy), folder)
+    common = {"script": str(copy), "crc": crc, **flags}
 
     def runs_of(pairs, seeds):
         runs = []
@@ -231,10 +240,9 @@ def benchmark(args):
     print(f"search: {len(pairs)} settings of {script.name} on one seed", flush=True)
     runs = runs_of(pairs, [settings.SEARCH_SEED])
     stored, failed = make(runs, folder / "search.json", folder, args.workers)
-    found = [row for row in stored if row["settings"] in runs]
-    if not found:
+    if not stored:
         raise UserError(f"all runs of {script.name} failed")
-    best = max(found, key=figures.mean_share)["settings"]
+    best = max(stored, key=figures.mean_share)["settings"]
     pair = best["learning_rate"], best.get(name)
     seeds = settings.SEEDS[:3]
     print(f"learning rate {pair[0]:g}, {name} {pair[1]}; {len(seeds)} fresh seeds", flush=True)
@@ -244,8 +252,9 @@ def benchmark(args):
         raise UserError(
             f"{len(failed)} of {len(runs)} runs failed; the same command makes them again"
         )
-    found = [row for row in stored if row["settings"] in runs]
-    curves = figures.by_script(figures.stored("budget")) | {script.stem: found}
+    curves = figures.by_script(figures.stored("budget"))
+    label = f"{script.stem} (yours)" if script.stem in curves else script.stem
+    curves[label] = stored
     figures.print_rows(curves)
     file = folder / "frontier.png"
     figures.draw_frontier(curves, file, title=f"{script.name} among the scripts of this repository")

@@ -70,6 +70,8 @@ def epochs():
         for number in (1, 8):
             runs.append(run(script, rate, beta, seed, **ONLINE_FLAGS, num_epochs=number))
         runs.append(run(script, 2 * rate, beta, seed, **ONLINE_FLAGS))
+        if FOUND[script] != (rate, beta):  # else part budget has it
+            runs.append(run(script, rate, beta, seed, **ONLINE_FLAGS))
     return runs
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -75,9 +76,14 @@ def test_the_settings_of_the_budget_are_the_best_of_the_search():
 
 
 def test_the_settings_of_the_seeds_are_the_best_two_of_the_grid():
+    def mean_reward(run):  # the criterion of the time; shares came later
+        best_within = figures.plot_frontier.best_within
+        return mean(best_within(run["frontier"], kl)["reward"] for kl in settings.KLS)
+
     for script, runs in figures.by_script(figures.stored("grid")).items():
-        best = sorted(runs, key=figures.mean_share)[-2:]
+        best = sorted(runs, key=mean_reward)[-2:]
         assert {*settings.SMALL_BEST[script]} == {*figures.by_pair(best)}
+        assert settings.SMALL_BEST[script][0] in figures.by_pair(best[1:])
 
 
 @pytest.mark.parametrize("part", settings.PARTS)
@@ -87,7 +93,7 @@ def test_settings_name_no_absolute_path_and_only_data_that_can_be_made(part):
     assert models.needed(runs) <= {*settings.PAIRS, *models.trainings()}
 
 
-def test_share_is_1_on_the_limit_0_at_the_reference_and_never_falls_with_kl():
+def test_share_is_1_on_the_limit_and_0_at_the_reference_with_straight_lines_between():
     limit = figures.stored("limit")
     curve = [{"kl": 0.0, "reward": limit["ref_reward"]}]
     curve += [{"kl": row["kl"], "reward": row["reward"]} for row in limit["curve"]]
@@ -95,7 +101,7 @@ def test_share_is_1_on_the_limit_0_at_the_reference_and_never_falls_with_kl():
     assert figures.mean_share({"frontier": curve[:1]}) == 0
     frontier = [{"kl": kl, "reward": reward} for kl, reward in ((0, 1), (2, 3), (1, 4), (5, 8))]
     best = [figures.share({"frontier": frontier}, kl) * figures.limit_gain(kl) for kl in (1, 2, 4)]
-    expected = [4, 5, 7]  # on straight lines, with the path back to a smaller KL
+    expected = [4, 5, 7]  # a path may come back to a smaller KL
     assert [x + limit["ref_reward"] for x in best] == pytest.approx(expected)
 
 
@@ -144,9 +150,9 @@ from pathlib import Path
 flags = dict(word[2:].split("=") for word in sys.argv[1:] if "=" in word)
 rate, beta = float(flags.get("learning-rate", 1e-3)), float(flags.get("beta", 0.5))
 seed, folder = int(flags.get("seed", 1)), Path(flags["output-dir"])
-with open(Path(__file__).with_name("made"), "a") as made:
+with open(Path(__file__).parents[1] / "made", "a") as made:
     made.write(f"{rate:g} {beta:g} {seed} {'first' * ('num-updates' in flags)}\\n")
-while seed > 1 and Path(__file__).with_name("wait").exists():
+while seed > 1 and (Path(__file__).parents[1] / "wait").exists():
     time.sleep(0.05)
 if (rate, beta) == (2e-3, 2):
     sys.exit("diverged")
@@ -161,16 +167,6 @@ with open(folder / "frontier.jsonl", "w") as frontier, open(folder / "metrics.js
         frontier.write(json.dumps(point | dict.fromkeys(keys, 0.1)) + "\\n")
         log.write(json.dumps({"step": step, "time/update": 0.1}) + "\\n")
 """
-RUN = """
-import sys
-from pathlib import Path
-
-sys.path.insert(0, sys.argv[1])
-import run
-
-run.ROOT = Path(sys.argv[2]).parent  # where runs/ lies
-run.main(run.Args(script=sys.argv[2]))
-"""
 
 
 @pytest.fixture
@@ -182,7 +178,8 @@ def mine(tmp_path):
 
 
 def start(script):
-    command = [sys.executable, "-c", RUN, ROOT / "study", script]
+    command = [sys.executable, ROOT / "study/run.py", "--script", script]
+    command += ["--output-dir", script.parent]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
 
@@ -213,7 +210,7 @@ def test_a_script_is_ranked_once_and_a_setting_that_fails_is_left_out_and_said(m
     assert len({*runs}) == len(runs) == 9 + 3 and sorted(runs[9:]) == SEEDS
     assert row.split()[1:4] == ["0.002", "0.5", "3"]
     assert "learning_rate=0.002 seed=1 beta=2.0\n    diverged" in output
-    assert (mine.parent / "runs/study/mine/frontier.png").exists()
+    assert (mine.parent / "mine/frontier.png").exists()
     again, _, runs = ranked(mine)
     assert again == row and runs == [FAILED]  # tried again
     mine.write_text(SCRIPT + "# edited")
