@@ -2,11 +2,10 @@
 random models."""
 
 import atexit
-import copy
 import hashlib
 import json
 import os
-import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,22 +17,10 @@ import torch
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    GPTNeoXForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    MistralConfig,
-    MistralForCausalLM,
-    MistralForSequenceClassification,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +33,7 @@ os.environ["HF_DATASETS_CACHE"] = CACHE.name  # nothing of the tests stays in th
 # A process that has imported the libraries and forks one child for every script to run: the
 # imports, several seconds, are paid once. It starts no thread, which a fork would lose.
 NURSERY = """
-import json, os, runpy, signal, sys, traceback
+import json, os, resource, runpy, signal, sys, traceback
 import accelerate, datasets, matplotlib.pyplot, torch, transformers, tyro
 import torch.distributed.fsdp, torch.utils.tensorboard, transformers.cache_utils
 from transformers import AutoTokenizer, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
@@ -58,24 +45,23 @@ for line in sys.stdin:
     if os.fork():
         continue
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    child = os.fork()
-    if child:  # stays to tell the child's number and exit code
-        for name in ("pid", "code"):
-            value = child if name == "pid" else os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            with open(f"{job['output']}.{name}.part", "w") as file:
-                file.write(str(value))
-            os.rename(f"{job['output']}.{name}.part", f"{job['output']}.{name}")
+    if child := os.fork():  # stays to tell its number and exit code, as the targets of links
+        os.symlink(str(child), f"{job['output']}.pid")
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.symlink(str(code), f"{job['output']}.code")
         os._exit(0)
     os.chdir(job["cwd"])
     os.environ.update(job["env"])
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1), os.dup2(output, 2)
     sys.stdout.reconfigure(line_buffering=True)  # what it prints stands before what it says later
+    line, event, text = job["disturb"]
+    sys.addaudithook(lambda name, x: name == event and text in str(x[0]) and exec(line))
     sys.argv, code = job["argv"], 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        code = error.code or 0
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -109,23 +95,25 @@ class Nursery:
 class Script:
     """A script as a process of its own.
 
-    Script("p3o_v1", "--beta", 0.1, cwd=folder).wait() -> (exit code, output)
+    disturb: a line of Python that it runs just before an event of the file system (see
+    sys.addaudithook), the event, and a part of the file's name
     """
 
     nursery = None
 
-    def __init__(self, script, *args, cwd, nursery=None, **env):
+    def __init__(self, script, *args, cwd, nursery=None, disturb=("", "", ""), **env):
         if not nursery:
             nursery = Script.nursery = Script.nursery or Nursery()
         path = script if str(script).endswith(".py") else ROOT / f"{script}.py"
-        self.output = nursery.start(argv=[str(path), *map(str, args)], cwd=str(cwd), env=env)
+        argv = [str(path), *map(str, args)]
+        self.output = nursery.start(argv=argv, cwd=str(cwd), env=env, disturb=disturb)
 
     def _read(self, name, seconds):
         file, end = Path(f"{self.output}.{name}"), time.monotonic() + seconds
-        while not file.exists():
+        while not file.is_symlink():
             assert time.monotonic() < end, self.said()
             time.sleep(0.01)
-        return int(file.read_text())
+        return int(os.readlink(file))
 
     @property
     def pid(self):
@@ -138,23 +126,39 @@ class Script:
         return self._read("code", seconds), self.said()
 
 
-def run(script, *args, cwd, code=0, **options):
-    """Run a script to its end and return what it printed.
-
-    It must end with this exit code and without a traceback.
-    """
-    found, output = Script(script, *args, cwd=cwd, **options).wait()
-    assert found == code, output
-    assert "Traceback" not in output
+def ended_well(process, code=0):
+    """What a process printed, that must end with this exit code and without a traceback."""
+    found, output = process.wait()
+    assert found == code and "Traceback" not in output, output
     return output
 
+
+def run(script, *args, cwd, code=0, **options):
+    """Run a script to its end and return what it printed."""
+    return ended_well(Script(script, *args, cwd=cwd, **options), code)
+
+
+def start_two(*args, **options):
+    """Both of two processes, as a launcher would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [Script(*args, **options, **world, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+
+
+def run_two(*args, cwd):
+    """Run a script in two processes to their ends and return what they printed."""
+    return [ended_well(process) for process in start_two(*args, cwd=cwd)]
+
+
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 
 # ------------------------------------------------------------------- short runs of every script
 ONLINE = ("p3o_v2", "p3o_v1", "rloo", "grpo", "ppo", "online_dpo")
 OFFLINE = ("dpo", "ipo", "mpo")
 STAGES = ("sft", "reward_model")
 EVERY = (*ONLINE, *OFFLINE, *STAGES)
-LOSS = dict.fromkeys(EVERY, "policy/loss") | {"sft": "sft/loss", "reward_model": "rm/loss"}
 EVALUATIONS = {script: "evaluations" if script in STAGES else "frontier" for script in EVERY}
 SHORT_ONLINE = "--prompts-per-update 4 --minibatch-size 2 --num-epochs 2 --num-responses 2"
 SHORT_ONLINE += " --max-response-tokens 8 --learning-rate 2e-4 --eval-prompts 4"
@@ -171,20 +175,13 @@ def write_rows(file, rows):
 def tiny_rows(name, n):
     """The first n rows of the embedded world with different prompts."""
     rows = {}
-    with open(TINY / f"data/{name}.jsonl") as file:
-        for line in file:
-            row = json.loads(line)
-            rows.setdefault(row["prompt"], row)
-            if len(rows) == n:
-                return list(rows.values())
-
-
-def no_constant(name):
-    raise AssertionError(f"{name} is no number of JSON")
+    for row in lines(TINY / f"data/{name}.jsonl"):
+        rows.setdefault(row["prompt"], row)
+    return list(rows.values())[:n]
 
 
 def lines(file):
-    return [json.loads(line, parse_constant=no_constant) for line in file.read_text().splitlines()]
+    return [json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines()]
 
 
 def without_times(rows):
@@ -246,95 +243,31 @@ def finished(flags, shared):
         folder = shared / "finished" / script
         with FileLock(shared / f"{script}.lock"):
             if not (folder / "run/model").is_dir():
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                run(script, *flags[script], cwd=folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                run(script, *flags[script], "--overwrite", cwd=folder)
         return folder / "run"
 
     return finished
 
 
-# Runs a script, and in it a line of Python just before a change of the file system.
-DISTURB = """
-import os, resource, runpy, signal, sys
-
-line, event, text, *sys.argv = sys.argv[1:]
-
-def watch(name, values):
-    if name == event and text in str(values[0]):
-        exec(line)
-
-sys.addaudithook(watch)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-KILL = "os.kill(os.getpid(), signal.SIGKILL)"
-
-
-@pytest.fixture(scope="session")
-def disturb(tmp_path_factory):
-    """A file with the arguments LINE EVENT TEXT SCRIPT FLAGS: what to run and where to disturb."""
-    file = tmp_path_factory.mktemp("disturb") / "disturb.py"
-    file.write_text(DISTURB)
-    return file
-
-
 # ------------------------------------------------------------------------------------ tiny models
 V = 100  # vocabulary
-COMMON = {
-    "vocab_size": V,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "num_labels": 1,
+COMMON = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+COMMON |= {"vocab_size": V, "num_labels": 1}
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+SHAPES = {  # what is special; gpt2 has learned positions, and its head is its embedding
+    "llama": {"num_key_value_heads": 2},  # grouped-query attention
+    "qwen2": {"num_key_value_heads": 2},  # biases in its attention
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 8},  # shorter than most rows
 }
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-LONGEST = {"max_position_embeddings": 64}
-NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "classifier_dropout": 0.0}
-WINDOW = 8  # of mistral: shorter than most rows of the tests
-GPT2 = {
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 64,
-    "embd_pdrop": 0.0,
-    "resid_pdrop": 0.0,
-}
-SHAPES = {
-    "gpt_neox": (
-        GPTNeoXConfig(**COMMON, **SIZES, **LONGEST, **NO_DROPOUT),
-        {"policy": GPTNeoXForCausalLM, "score": GPTNeoXForSequenceClassification},
-    ),
-    "llama": (  # with grouped-query attention
-        LlamaConfig(**COMMON, **SIZES, **LONGEST, num_key_value_heads=2, attention_dropout=0.0),
-        {"policy": LlamaForCausalLM, "score": LlamaForSequenceClassification},
-    ),
-    "gpt2": (  # learned positions, embeddings tied to the output
-        GPT2Config(**COMMON, **GPT2, attn_pdrop=0.0, summary_first_dropout=0.0),
-        {"policy": GPT2LMHeadModel, "score": GPT2ForSequenceClassification},
-    ),
-    "qwen2": (  # with biases in its attention
-        Qwen2Config(**COMMON, **SIZES, **LONGEST, num_key_value_heads=2, attention_dropout=0.0),
-        {"policy": Qwen2ForCausalLM, "score": Qwen2ForSequenceClassification},
-    ),
-    "mistral": (  # with a sliding window
-        MistralConfig(**COMMON, **SIZES, **LONGEST, num_key_value_heads=2, sliding_window=WINDOW),
-        {"policy": MistralForCausalLM, "score": MistralForSequenceClassification},
-    ),
-}
+KINDS = {"policy": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
 
 
 def build(shape, kind, seed, **changes):
     """In float32, with weights of deviation 0.4, so that its next token is far from uniform."""
-    config, classes = SHAPES[shape]
-    config = copy.deepcopy(config)
-    config.update(changes)
+    options = COMMON | SIZES | {"max_position_embeddings": 64} | SHAPES.get(shape, {}) | changes
     torch.manual_seed(seed)
-    model = classes[kind](config).eval()
+    model = KINDS[kind].from_config(AutoConfig.for_model(shape, **options)).eval()
     for name, weight in model.named_parameters():
         if weight.ndim > 1 or name.endswith("bias"):
             torch.nn.init.normal_(weight, std=0.4)
@@ -351,7 +284,4 @@ def save(model, folder, tokenizer=None):
 @pytest.fixture(scope="module")
 def one_thread():
     """On models as small as these, threads only wait for each other."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -15,6 +15,7 @@ from test_house import count
 
 ROOT = Path(__file__).parent.parent
 DOCS = {path.name: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+DOCS["study"] = ROOT / "study/README.md"
 TEXT = {name: path.read_text() for name, path in DOCS.items()}
 # results.md has the commands of its measurements, some of them of earlier versions.
 PRESENT = [name for name in DOCS if name != "results.md"]
@@ -34,7 +35,9 @@ def flags_of(script):
     return flags | {"--help"}
 
 
-SCRIPTS = [*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py"), *ROOT.glob("t*/*.py")]
+SCRIPTS = [
+    path for folder in ("", "benchmark/", "study/", "t*/") for path in ROOT.glob(f"{folder}*.py")
+]
 FLAGS = {str(path.relative_to(ROOT)): flags_of(path) for path in SCRIPTS}
 ANY = set().union(*FLAGS.values(), {"--lora-rank", "--requeue"})  # of a patch, and Slurm's
 FENCES = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)

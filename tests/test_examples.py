@@ -1,47 +1,40 @@
-"""The diffs in docs/examples: they apply as they are, and the scripts that they make are right."""
+"""docs/examples: the diffs apply as they are, the scripts that they make are right, and so are the
+scores of classifier.py, a reward model with tokens of its own."""
 
 import importlib.util
-import json
+import re
+import runpy
 import shutil
-import socket
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, Script, run
+from conftest import ROOT, TINY, build, lines, run, run_two, save
+from tokenizers import processors
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import p3o_v2
+import grpo
 
 DIFFS = sorted((ROOT / "docs/examples").glob("*.diff"))
-SIZES = "--prompts-per-update 8 --minibatch-size 4 --num-epochs 1 --eval-prompts 8".split()
-SHORT = [*SIZES, "--max-response-tokens", 16]
-# Most responses end on their own. Processes have minibatches of their own, but for one of all rows.
-LONG = "--prompts-per-update 8 --minibatch-size 8 --micro-batch-size 2 --num-epochs 2".split()
-LONG += "--eval-prompts 8 --eval-every 1 --max-response-tokens 48".split()
-
-
-def original(diff):
-    """The script that a diff changes."""
-    return ROOT / diff.read_text().split(maxsplit=2)[1]
-
-
-def lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
+SMALL = "--prompts-per-update 8 --minibatch-size 4 --num-epochs 1 --eval-prompts 8".split()
+SMALL += ["--max-response-tokens", 16, "--output-dir", "run"]
 
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
     """A folder with p3o_v2.py, grpo.py and a changed copy for each diff, named as the diff is."""
     folder = tmp_path_factory.mktemp("scripts")
-    (folder / "tiny").symlink_to(ROOT / "tiny")
+    (folder / "tiny").symlink_to(TINY)
     for diff in DIFFS:
-        shutil.copy(original(diff), folder)
-        mine = shutil.copy(original(diff), folder / f"{diff.stem}.py")
-        subprocess.run(["patch", "--silent", mine, diff], check=True)
+        name = diff.read_text().split(maxsplit=2)[1]
+        assert diff.read_text().startswith(f"--- {name}\n+++ {name}\n")
+        shutil.copy(ROOT / name, folder)
+        mine = shutil.copy(ROOT / name, folder / f"{diff.stem}.py")
+        said = subprocess.run(["patch", mine, diff], capture_output=True, text=True, check=True)
+        assert said.stdout == f"patching file {mine}\n"  # else: an offset, or fuzz
     return folder
 
 
@@ -52,155 +45,90 @@ def module(script):
     return found
 
 
-def test_the_examples_are_these():
-    names = [diff.stem for diff in DIFFS]
-    assert names == ["dataset", "dr_grpo", "fsdp2", "lora", "rebel", "reward"]
+def write_reward(folder, result):
+    (folder / "own.py").write_text(f"def f(prompts, responses):\n    return {result}\n")
+    return ["--reward-fn", "own.py:f"]
 
 
-@pytest.mark.parametrize("diff", DIFFS, ids=lambda diff: diff.stem)
-def test_a_diff_applies_exactly(diff):
-    name = original(diff).name
-    assert diff.read_text().startswith(f"--- {name}\n+++ {name}\n")
-    command = ["patch", "--dry-run", name, diff]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert said.stdout == f"checking file {name}\n"  # else: an offset, or fuzz
-
-
-@pytest.mark.parametrize("diff", DIFFS, ids=lambda diff: diff.stem)
-def test_a_changed_script_is_as_neat_as_the_original(diff, scripts):
-    config = ["--config", ROOT / "pyproject.toml", "--no-cache", scripts / f"{diff.stem}.py"]
+def test_changed_scripts_are_as_neat_as_the_originals(scripts):
     for command in ("check", "format --check"):
-        ruff = [sys.executable, "-m", "ruff", *command.split(), *config]
+        ruff = [sys.executable, "-m", "ruff", *command.split(), "--no-cache"]
+        ruff += ["--config", ROOT / "pyproject.toml", *scripts.glob("*.py")]
         said = subprocess.run(ruff, capture_output=True, text=True)
         assert said.returncode == 0, said.stdout
 
 
-# --------------------------------------------------------------------------- data and rewards
 def test_the_example_of_data_reads_a_csv_file(scripts, tmp_path):
     rows = [f'"How many are {n} and, well, one?",{n + 1}' for n in range(100)]
     (tmp_path / "sums.csv").write_text("\n".join(["question,answer", *rows]))
-    (tmp_path / "right.py").write_text(
-        "import csv\nanswers = {row['question']: row['answer'] for row in csv.DictReader(open('sums.csv'))}\n"
-        "def right(prompts, responses):\n    questions = [x.split('Human: ')[1].split('\\n')[0] for x in prompts]\n"
-        "    return [float(answers[x] in y) for x, y in zip(questions, responses)]\n"
-    )
-    options = ["--dataset", "sums.csv", "--reward-fn", "right.py:right", "--num-updates", 1]
-    run(scripts / "dataset.py", *SHORT, *options, "--output-dir", "run", cwd=tmp_path)
+    options = ["--dataset", "sums.csv", *write_reward(tmp_path, "range(len(prompts))")]
+    run(scripts / "dataset.py", *SMALL, *options, "--num-updates", 1, cwd=tmp_path)
     prompts = [row["prompt"] for row in lines(tmp_path / "run/samples.jsonl")]
     questions = [f"\n\nHuman: {row[1:].split('?')[0]}?\n\nAssistant:" for row in rows]
     assert prompts and set(prompts) <= set(questions)
 
 
-@pytest.mark.parametrize("penalty", [0, 0.02])
-def test_the_example_of_a_reward_subtracts_a_penalty_for_length(penalty, scripts, tmp_path):
-    (tmp_path / "same.py").write_text(
-        "def f(prompts, responses):\n    return [1.0] * len(prompts)\n"
-    )
-    options = ["--reward-fn", "same.py:f", "--length-penalty", penalty, "--num-updates", 1]
-    options += ["--num-epochs", 1, "--output-dir", "run"]  # a single step, at π_θ = π_ref
-    run(scripts / "reward.py", *LONG, *options, cwd=tmp_path)
-    (row,) = lines(tmp_path / "run/metrics.jsonl")
-    assert row["objective/reward"] == 1
-    assert (row["grad_norm"] > 0.1) == (penalty > 0)
+@pytest.mark.parametrize(
+    "name, rewards, more",
+    [("reward", "[1.0] * len(prompts)", ["--length-penalty", 0.02])]
+    + [("rebel", "[-len(y) for y in responses]", [])],
+)
+def test_answers_become_shorter_where_that_is_rewarded(name, rewards, more, scripts, tmp_path):
+    options = "--num-updates 8 --learning-rate 3e-3 --max-response-tokens 32 --eval-prompts 32"
+    options = [*options.split(), *write_reward(tmp_path, rewards), *more]
+    run(scripts / f"{name}.py", *SMALL, *options, cwd=tmp_path)
+    start, end = lines(tmp_path / "run/frontier.jsonl")
+    assert start["length"] - end["length"] > 3 * (start["length_se"] + end["length_se"])
+    if name == "reward":
+        metrics = lines(tmp_path / "run/metrics.jsonl")
+        assert all(row["objective/reward"] == 1 for row in metrics)  # without the penalty
 
 
 # -------------------------------------------------------------------------------------- REBEL
-def test_rebel_begins_with_the_gradient_of_p3o_without_a_kl_penalty(scripts):
-    old, ref, rewards = torch.randn(3, 5, 4, dtype=torch.float64)
-    found = []
-    for loss, beta in (
-        (p3o_v2.pairwise_loss, 0),
-        (module(scripts / "rebel.py").pairwise_loss, 0.3),
-    ):
-        logps = old.clone().requires_grad_()
-        value, metrics = loss(logps, old, ref, rewards, beta, 0.2, 10.0)
-        value.backward()
-        assert not any(metric.requires_grad for metric in metrics.values())
-        found.append((logps.grad, list(metrics)))
-    assert_close(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1]
-
-
 def test_rebel_fits_log_ratios_to_rewards(scripts):
-    """The loss is the squared error of Δ/η, but for a factor: 0 where Δ = η (r_1 − r_2), with η = 1/β."""
-    old, ref, rewards, off = torch.randn(4, 5, 2, dtype=torch.float64)
+    """Its loss is, but for a factor, the squared error of Δ/η: 0 where Δ = η (r_1 − r_2)."""
+    old, ref, rewards, off = torch.randn(4, 5, 3, dtype=torch.float64)
     eta, loss = 5.0, module(scripts / "rebel.py").pairwise_loss
     assert loss(old + eta * rewards, old, ref, rewards, 1 / eta, 0.2, 10.0)[0] < 1e-20
-    error = (off[:, 0] - off[:, 1]) / eta - (rewards[:, 0] - rewards[:, 1])
-    value, _ = loss(old + off, old, ref, rewards, 1 / eta, 0.2, 10.0)
-    assert_close(value, eta / 4 * error.square().mean())
-
-
-def test_rebel_runs(scripts, tmp_path):
-    run(scripts / "rebel.py", *SHORT, "--num-updates", 2, "--output-dir", "run", cwd=tmp_path)
-    assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    errors = off / eta - rewards
+    errors = [errors[:, i] - errors[:, j] for i, j in ((0, 1), (0, 2), (1, 2))]
+    logps = (old + off).requires_grad_()
+    value, metrics = loss(logps, old, ref, rewards, 1 / eta, 0.2, 10.0)
+    assert_close(value, eta / 4 * torch.stack(errors).square().mean())
+    assert not any(metric.requires_grad for metric in metrics.values())
 
 
 # ------------------------------------------------------------------------------------ Dr. GRPO
-def test_dr_grpo_takes_two_lines_away():
-    changed = [row for row in DIFFS[1].read_text().splitlines()[2:] if row[0] in "+-"]
-    assert [row.split(" = ")[0].split() for row in changed] == [
-        ["-", "response_losses"],
-        ["-", "advantages"],
-    ]
-
-
 def test_the_loss_of_dr_grpo_is_the_mean_over_responses_of_the_sums_over_tokens(scripts):
-    torch.manual_seed(1)
+    """GRPO has means over the tokens of a response."""
     logprobs, old, ref = -torch.rand(3, 4, 3, 9, dtype=torch.float64)  # 4 prompts, 3 responses
     advantages, lengths = torch.randn(4, 3), torch.randint(1, 10, (4, 3))
     mask = torch.arange(9) < lengths[..., None]
+    batch = (logprobs, old, ref, advantages, mask)
     sums = []
-    for b in range(4):
-        for k in range(3):
-            total = 0.0
-            for t in range(lengths[b, k]):
-                ratio = (logprobs[b, k, t] - old[b, k, t]).exp()
-                h = ref[b, k, t] - logprobs[b, k, t]
-                gain = torch.min(advantages[b, k] * ratio, advantages[b, k] * ratio.clamp(0.8, 1.2))
-                total += 0.3 * (h.exp() - h - 1) - gain
-            sums.append(total)
-    loss, _ = module(scripts / "dr_grpo.py").policy_loss(
-        logprobs, old, ref, advantages, mask, 0.3, 0.2
-    )
-    assert_close(loss, sum(sums) / 12)
+    for b, k in torch.cartesian_prod(torch.arange(4), torch.arange(3)):
+        mean, _ = grpo.policy_loss(*(x[b, k][None] for x in batch), 0.3, 0.2)
+        sums.append(mean * lengths[b, k])
+    loss, _ = module(scripts / "dr_grpo.py").policy_loss(*batch, 0.3, 0.2)
+    assert_close(loss, torch.stack(sums).mean())
 
 
 @pytest.mark.parametrize("name, factor", [("grpo", 1), ("dr_grpo", 10)])
 def test_dr_grpo_does_not_divide_rewards_by_their_deviation(name, factor, scripts, tmp_path):
     """Rewards ten times as large make its first gradient ten times as large, but not GRPO's."""
-    (tmp_path / "rewards.py").write_text(
-        "def one(prompts, responses):\n    return [float(len(y)) for y in responses]\n"
-        "def ten(prompts, responses):\n    return [10.0 * len(y) for y in responses]\n"
-    )
     norms = []
-    for reward in ("one", "ten"):
-        options = ["--reward-fn", f"rewards.py:{reward}", "--beta", 0, "--num-updates", 2]
-        run(scripts / f"{name}.py", *SHORT, *options, "--output-dir", reward, cwd=tmp_path)
-        rows = lines(tmp_path / reward / "metrics.jsonl")
-        assert [row["step"] for row in rows] == [1, 2]
-        norms.append(rows[0]["grad_norm"])
+    for scale in (1, 10):
+        options = write_reward(tmp_path, f"[{scale} * len(y) for y in responses]")
+        options += ["--beta", 0, "--num-updates", 2, "--overwrite"]
+        run(scripts / f"{name}.py", *SMALL, *options, cwd=tmp_path)
+        norms.append(lines(tmp_path / "run/metrics.jsonl")[0]["grad_norm"])
     assert norms[1] / norms[0] == pytest.approx(factor, rel=1e-3)
 
 
 # --------------------------------------------------------------------------------------- LoRA
-@pytest.fixture(scope="module")
-def lora(scripts):
-    return module(scripts / "lora.py")
-
-
-@pytest.fixture(scope="module")
-def lora_run(scripts, tmp_path_factory):
-    """The folder of a run of two updates."""
-    folder = tmp_path_factory.mktemp("lora")
-    run(scripts / "lora.py", *SHORT, "--num-updates", 2, "--output-dir", "run", cwd=folder)
-    return folder / "run"
-
-
 def adapted(lora, dtype="float32"):
     """The tiny SFT policy as lora.py trains it."""
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/sft")
+    model = AutoModelForCausalLM.from_pretrained(TINY / "sft")
     rank = lora.Args.lora_rank
     args = SimpleNamespace(dtype=dtype, seed=1, lora_rank=rank, gradient_checkpointing=False)
     precision = torch.get_float32_matmul_precision()
@@ -213,127 +141,128 @@ def weights_of(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def checkpoint(folder):
-    (file,) = folder.glob("checkpoint-*.pt")
-    return torch.load(file)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lora_trains_adapters_alone_the_same_in_every_process(dtype, lora):
-    torch.manual_seed(5)
-    first = dict(adapted(lora, dtype).named_parameters())
-    torch.manual_seed(6)
-    for name, weight in adapted(lora, dtype).named_parameters():
+def test_lora_trains_adapters_alone_the_same_in_every_process(dtype, scripts):
+    lora, models = module(scripts / "lora.py"), []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        models.append(dict(adapted(lora, dtype).named_parameters()))
+    for name, weight in models[0].items():
         assert weight.requires_grad == ("lora_" in name)
-        assert_close(weight, first[name], rtol=0, atol=0)
+        assert torch.equal(weight, models[1][name])
         rounded = "base_layer" in name  # linear layers
         assert weight.dtype == (getattr(torch, dtype) if rounded else torch.float32), name
-    assert sum("lora_" in name for name in first) == 2 * 4 * 4  # two factors, 4 layers of 4 each
+    assert sum("lora_" in name for name in models[0]) == 2 * 4 * 4  # two factors, 4 layers of 4
 
 
-def test_lora_saves_the_policy_as_a_plain_model(lora, lora_run):
-    sft = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/sft")
-    merged = AutoModelForCausalLM.from_pretrained(lora_run / "model")
-    policy = adapted(lora)
-    policy.load_state_dict(checkpoint(lora_run)["model"])
+def test_lora_saves_a_plain_model_in_which_adapters_alone_have_learned(scripts, tmp_path):
+    """Also after a resume, which goes on as if nothing had been."""
+    for folder in ("run", "resumed", "resumed"):
+        updates = 2 if folder == "run" or (tmp_path / folder).exists() else 1
+        options = ["--output-dir", folder, "--resume", "--num-updates", updates]
+        run(scripts / "lora.py", *SMALL, *options, cwd=tmp_path)
+    sft, merged = weights_of(TINY / "sft"), weights_of(tmp_path / "run/model")
+    assert_close(weights_of(tmp_path / "resumed/model"), merged, rtol=0, atol=0)
+    lora = module(scripts / "lora.py")
+    policy, reference = adapted(lora), AutoModelForCausalLM.from_pretrained(TINY / "sft")
+    trained = torch.load(tmp_path / "run/checkpoint-000002.pt")["model"]
+    policy.load_state_dict(trained)
+    changed = {name for name in sft if not torch.equal(sft[name], merged[name])}
+    assert changed == {name for name in sft if ".layers." in name and sft[name].ndim == 2}
+    for name, weight in trained.items():
+        assert "lora_" in name or torch.equal(weight, sft[name.replace("base_layer.", "")])
     ids = torch.arange(2, 60)[None]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     with torch.no_grad():
-        logits, base = policy(ids).logits, sft(ids).logits
-        assert_close(merged(ids).logits, logits, rtol=0, atol=1e-4)
+        logits, base = policy(ids).logits, reference(ids).logits
+        assert_close(model(ids).logits, logits, rtol=0, atol=1e-4)
         assert (logits - base).abs().max() > 1e-2  # it has learned
-        reference = lora.Reference(policy)
-        hidden = reference.base_model(ids).last_hidden_state
-        assert_close(reference.get_output_embeddings()(hidden), base, rtol=0, atol=1e-5)
+        off = lora.Reference(policy)
+        hidden = off.base_model(ids).last_hidden_state
+        assert_close(off.get_output_embeddings()(hidden), base, rtol=0, atol=1e-5)
         assert_close(policy(ids).logits, logits, rtol=0, atol=0)  # the adapters are on again
 
 
-def test_lora_changes_no_weight_but_by_the_adapters(lora_run):
-    sft, merged = weights_of(ROOT / "tiny/sft"), weights_of(lora_run / "model")
-    trained = checkpoint(lora_run)["model"]
-    assert sft.keys() == merged.keys()
-    adapted = set()
-    for name, weight in trained.items():
-        if "lora_" not in name:
-            name = name.replace("base_layer.", "")
-            assert_close(weight, sft[name], rtol=0, atol=0)
-            if not torch.equal(merged[name], weight):
-                adapted.add(name)
-    linear = {name for name in sft if ".layers." in name and sft[name].ndim == 2}
-    assert adapted == linear
-
-
-def test_lora_resumes_as_if_nothing_had_been(scripts, lora_run, tmp_path):
-    for updates in (1, 2):
-        options = ["--num-updates", updates, "--resume", "--output-dir", "run"]
-        run(scripts / "lora.py", *SHORT, *options, cwd=tmp_path)
-    assert_close(weights_of(tmp_path / "run/model"), weights_of(lora_run / "model"), rtol=0, atol=0)
-
-
 # -------------------------------------------------------------------------------------- FSDP2
-def in_two(script, *args, cwd):
-    """Run a script in two processes that start at once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [{**env, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"} for rank in "01"]
-    for process in [Script(script, *args, cwd=cwd, **env) for env in ranks]:
-        code, said = process.wait(120)
-        assert code == 0 and "Traceback" not in said, said
+def test_fsdp2_computes_what_whole_models_do_also_after_a_resume(scripts, tmp_path):
+    # Most responses end on their own. Processes have minibatches of their own, but for all rows.
+    options = "--minibatch-size 8 --micro-batch-size 2 --num-epochs 2 --eval-every 1"
+    options = [*SMALL, *options.split(), "--max-response-tokens", 48]
+    run(scripts / "p3o_v2.py", *options, "--num-updates", 2, "--output-dir", "whole", cwd=tmp_path)
+    for updates in (1, 2):
+        run_two(scripts / "fsdp2.py", *options, "--num-updates", updates, "--resume", cwd=tmp_path)
 
+    def logged(name):
+        return [lines(tmp_path / folder / f"{name}.jsonl") for folder in ("run", "whole")]
 
-@pytest.fixture(scope="module")
-def whole_run(scripts, tmp_path_factory):
-    """The folder of an unchanged run of two updates in one process."""
-    folder = tmp_path_factory.mktemp("whole")
-    run(scripts / "p3o_v2.py", *LONG, "--num-updates", 2, "--output-dir", "run", cwd=folder)
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def sharded_run(scripts, tmp_path_factory):
-    """The folder of the same run with FSDP2, one update and a resume."""
-    folder = tmp_path_factory.mktemp("sharded")
-    first = ["--num-updates", 1, "--output-dir", "run"]
-    in_two(scripts / "fsdp2.py", *LONG, *first, cwd=folder)
-    options = ["--num-updates", 2, "--resume", "--output-dir", "run"]
-    in_two(scripts / "fsdp2.py", *LONG, *options, cwd=folder)
-    return folder / "run"
-
-
-def test_fsdp2_computes_what_whole_models_do_also_after_a_resume(whole_run, sharded_run):
-    for name in ("metrics.jsonl", "frontier.jsonl"):
-        expected, found = lines(whole_run / name), lines(sharded_run / name)
-        assert [row["step"] for row in found] == [row["step"] for row in expected]
+    # Not means over all rows, and counts of ties, which rounding breaks
+    left_out = r"time/update|(policy/ratio_max|policy/pair_weight_std|win_rate_vs_sft)(_se)?"
+    for found, expected in (logged("metrics"), logged("frontier")):
+        assert [row.keys() for row in found] == [row.keys() for row in expected]
         for row, other in zip(found, expected):
-            # Not means over all rows, and counts of ties, which rounding breaks
-            for key in ("policy/ratio_max", "policy/pair_weight_std", "win_rate_vs_sft"):
-                for each in (key, f"{key}_se", "time/update"):
-                    row.pop(each, None), other.pop(each, None)
-            assert row == pytest.approx(other, rel=1e-4, abs=1e-4)
-
-
-def test_fsdp2_saves_a_plain_model_that_has_made_the_same_steps(whole_run, sharded_run):
-    sft = weights_of(ROOT / "tiny/sft")
-    expected, found = (weights_of(folder / "model") for folder in (whole_run, sharded_run))
+            for key in row:
+                if not re.fullmatch(left_out, key):
+                    assert row[key] == pytest.approx(other[key], rel=1e-4, abs=1e-4), key
+    found, expected = logged("samples")
+    assert sorted(found, key=str) == sorted(expected, key=str)
+    folders = (TINY / "sft", tmp_path / "run/model", tmp_path / "whole/model")
+    sft, found, expected = map(weights_of, folders)
+    saved = torch.load(tmp_path / "run/checkpoint-000002.pt")["model"]
     assert found.keys() == expected.keys()
     for name, weight in found.items():
         # Adam makes the same steps, 2e-4 each at first, but where the gradient is rounding error.
         error, moved = (weight - expected[name]).abs(), (weight - sft[name]).abs()
-        assert error.median() < 1e-3 * moved.median(), name
-        saved = checkpoint(sharded_run)["model"][name]
-        assert_close(weight, saved, rtol=0, atol=0)
+        assert error.median() < 1e-3 * moved.median() and torch.equal(weight, saved[name]), name
 
 
-def test_fsdp2_samples_different_numbers_of_tokens_in_its_processes(whole_run, sharded_run):
-    expected, found = (lines(folder / "samples.jsonl") for folder in (whole_run, sharded_run))
-    assert sorted(found, key=str) == sorted(expected, key=str)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny/sft")
-    lengths = torch.tensor([len(tokenizer(row["response"]).input_ids) for row in found])
-    longest = lengths.view(-1, 2, 4).amax(2)  # [evaluations, processes]
-    assert (longest[:, 0] != longest[:, 1]).any()
+# --------------------------------------------------------------------------------- classifier.py
+CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+CHAT += "{% if m['role'] == 'assistant' %}{{ eos_token }}\n{% endif %}{% endfor %}"
+HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: A cactus?\n\nAssistant:"
+ROWS = [("Hi", " Yes."), (HH, " Give it water, not often."), ("Why? " * 60, " No.")]
 
 
-def test_fsdp2_asks_for_several_processes(scripts, tmp_path):
-    said = run(scripts / "fsdp2.py", *SHORT, cwd=tmp_path, code=2)
-    assert said.endswith("fsdp2.py: FSDP needs several processes: torchrun --nproc_per_node N\n")
+def save_judge(kind, folder):
+    """A random model that reads pairs or one text, and a file that names it."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "sft")
+    tokenizer.chat_template = CHAT if kind == "chat" else None
+    shape, positions = ("bert", 512) if kind == "pair" else ("gpt2", 128)
+    if kind == "pair":
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            "<e> $A <e>", "<e> $A <e> $B:1 <e>:1", [("<e>", tokenizer.eos_token_id)]
+        )
+    model = build(shape, "score", 1, vocab_size=768, max_position_embeddings=positions)
+    save(model, folder / "judge", tokenizer)
+    code = (ROOT / "docs/examples/classifier.py").read_text()
+    code, changes = re.subn("^NAME = .*$", f"NAME = '{folder}/judge'", code, flags=re.M)
+    assert changes == 1
+    (folder / "judge.py").write_text(code)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("kind", ["pair", "text", "chat"])
+@torch.no_grad()
+def test_a_classifier_reads_each_row_alone_in_its_own_form(kind, tmp_path, capsys):
+    """A pair, one text of which the last 128 tokens count, or a dialogue of a chat template."""
+    model, tokenizer = save_judge(kind, tmp_path)
+    rows = ROWS[:2] if kind == "chat" else ROWS
+    says = [["Hi", "Yes."], ["Hi", "Hello.", "A cactus?", "Give it water, not often."]]
+    expected = []
+    for i, (prompt, response) in enumerate(rows):
+        inputs = tokenizer(prompt, response, return_tensors="pt")
+        if kind == "text":
+            inputs = tokenizer(prompt + response, return_tensors="pt")
+            inputs = {"input_ids": inputs.input_ids[:, -128:]}
+        if kind == "chat":
+            roles = ("user", "assistant") * 2
+            chat = [{"role": role, "content": text} for role, text in zip(roles, says[i])]
+            inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+        expected.append(model(**inputs).logits.item())
+    score = runpy.run_path(tmp_path / "judge.py")["score"]
+    assert score(*zip(*rows)) == pytest.approx(expected, rel=1e-5)
+    assert score(*zip(*rows[1:2])) == pytest.approx(expected[1:2], rel=1e-5)  # whatever else
+    assert len({round(x, 3) for x in expected}) == len(rows)
+    assert ("1 of 3 texts cut" in capsys.readouterr().out) == (kind == "text")
+    if kind == "chat":  # the dialogue of another template
+        with pytest.raises(ValueError, match="as_read"):
+            score(["system\nBe kind.\nuser\nHi\nassistant\n"], ["Yes."])

@@ -3,7 +3,6 @@ was killed goes on as if nothing had been."""
 
 import re
 import signal
-import socket
 
 import pytest
 import torch
@@ -13,38 +12,22 @@ from conftest import (
     KILL,
     OFFLINE,
     ONLINE,
-    ROOT,
     STAGES,
     TINY,
     Script,
     ending,
     lines,
     run,
+    run_two,
+    start_two,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mpo
 
+MOMENT = (KILL, "os.rename", "checkpoint-000002.part")
 # A number of each process, averaged
 OF_A_PART = r"time/.*|val/.*|policy/(ratio_max|.*_std)|value/explained.*"
-
-
-def start_two(script, *args, cwd):
-    """Both of two processes, as a launcher would start them."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [Script(script, *args, cwd=cwd, **address, **rank) for rank in ranks]
-
-
-def run_two(*args, cwd):
-    """Run a script in two processes to their ends. Returns what they said."""
-    found = [process.wait() for process in start_two(*args, cwd=cwd)]
-    for code, said in found:
-        assert code == 0 and "Traceback" not in said, said
-    return [said for _, said in found]
 
 
 def assert_same(found, expected, left_out=()):
@@ -60,41 +43,39 @@ def assert_same(found, expected, left_out=()):
 @pytest.mark.parametrize("script", EVERY)
 def test_two_processes_take_the_steps_of_one(script, flags, finished, tmp_path):
     """Of online scripts one update, of two steps: later, rounding may lead to another sample."""
-    folder, options, updates = tmp_path / "run", flags[script], 3
+    options, updates = flags[script], 3
     if script in ONLINE:  # a minibatch of all prompts, which is the same in two processes
         options, updates = [*options, "--minibatch-size", 4, "--num-updates", 1], 1
-        run(script, *options, "--output-dir", "other", cwd=tmp_path)
+        run(script, *options, "--output-dir", "one", cwd=tmp_path)
+    one = tmp_path / "one" if script in ONLINE else finished(script)
     [_, said] = run_two(script, *options, cwd=tmp_path)
     assert said == ""
-    other = tmp_path / "other" if script in ONLINE else finished(script)
-    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
-    found, expected = (lines(path / "metrics.jsonl") for path in (folder, other))
+    assert len(list(tmp_path.glob("run/events.out.tfevents.*"))) == 1
+
+    def logged(name):
+        return [lines(folder / f"{name}.jsonl") for folder in (tmp_path / "run", one)]
+
+    found, expected = logged("metrics")
     assert len(found) == updates
     if script == "mpo":  # the samples of the reference are others
         of_samples = ("policy/loss", "policy/ref_sample_logps", "grad_norm")
         assert_same(found[:1], expected[:1], of_samples)
     else:
         assert_same(found, expected)
-    name = f"{EVALUATIONS[script]}.jsonl"
-    found, expected = (lines(path / name) for path in (folder, other))
+    found, expected = logged(EVALUATIONS[script])
     if script not in OFFLINE:
         assert_same(found, expected)
     else:  # each process draws alike, so the policy answers otherwise than in one
         assert (found[0]["kl"], found[0]["accuracy"]) == (0, 0.5)
     if script not in STAGES:
-        found, expected = (lines(path / "samples.jsonl") for path in (folder, other))
-        prompts, others = (
-            sorted((row["step"], row["prompt"]) for row in rows) for rows in (found, expected)
+        found, expected = (
+            sorted((row["step"], row["prompt"]) for row in rows) for rows in logged("samples")
         )
-        assert prompts == others
+        assert found == expected
 
 
-def test_two_processes_of_mpo_take_the_steps_of_one_with_its_samples(
-    disturb, flags, finished, tmp_path
-):
-    moment = (KILL, "os.rename", "checkpoint-000002.part")
-    command = (*moment, ROOT / "mpo.py", *flags["mpo"])
-    code, said = Script(disturb, *command, cwd=tmp_path).wait()
+def test_two_processes_of_mpo_take_the_steps_of_one_with_its_samples(flags, finished, tmp_path):
+    code, said = Script("mpo", *flags["mpo"], cwd=tmp_path, disturb=MOMENT).wait()
     assert code == -signal.SIGKILL, said
     run_two("mpo", *flags["mpo"], "--resume", cwd=tmp_path)
     assert_same(lines(tmp_path / "run/metrics.jsonl"), lines(finished("mpo") / "metrics.jsonl"))
@@ -123,12 +104,8 @@ def test_samples_of_the_reference_are_answers_to_their_prompts(flags, finished, 
 
 
 @pytest.mark.parametrize("script", ["p3o_v2", "dpo"])
-def test_a_job_of_two_that_was_killed_goes_on_as_if_nothing_had_been(
-    script, disturb, flags, tmp_path
-):
-    moment = (KILL, "os.rename", "checkpoint-000002.part")
-    command = (*moment, ROOT / f"{script}.py", *flags[script])
-    first, second = start_two(disturb, *command, cwd=tmp_path)
+def test_a_job_of_two_that_was_killed_goes_on_as_if_nothing_had_been(script, flags, tmp_path):
+    first, second = start_two(script, *flags[script], cwd=tmp_path, disturb=MOMENT)
     code, said = first.wait()
     assert code == -signal.SIGKILL, said
     code, said = second.wait()

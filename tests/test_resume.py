@@ -12,52 +12,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    EVERY,
-    KILL,
-    OFFLINE,
-    ROOT,
-    Script,
-    contents,
-    ending,
-    lines,
-    run,
-    tiny_rows,
-)
+from conftest import EVERY, KILL, OFFLINE, Script, contents, ending, lines, run, tiny_rows
 
-FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))"  # as a full disk
+FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"  # as a full disk: no file grows more
 TEAR = (  # the system kills it in the middle of the write that takes a file beyond so many bytes
     "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)",
     "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))",
-    FULL,
+    FULL.format(3_000_000),
 )
-MOMENTS = {  # line, event, file; exit code; the checkpoints that are left
-    "in the first save": (
-        (KILL, "os.rename", "checkpoint-000001.part"),
-        -signal.SIGKILL,
-        ["checkpoint-000001.part"],
-    ),
-    "written, not renamed": (
-        (KILL, "os.rename", "checkpoint-000002.part"),
-        -signal.SIGKILL,
-        ["checkpoint-000001.pt", "checkpoint-000002.part"],
-    ),
-    "before the old one goes": (
-        (KILL, "os.remove", "checkpoint-000001.pt"),
-        -signal.SIGKILL,
-        ["checkpoint-000001.pt", "checkpoint-000002.pt"],
-    ),
-    "half written": (
-        ("; ".join(TEAR), "os.truncate", "samples.jsonl"),
-        -signal.SIGXFSZ,
-        ["checkpoint-000001.pt", "checkpoint-000002.pt", "checkpoint-000003.part"],
-    ),
-    "disk full": (
-        (FULL, "os.truncate", "samples.jsonl"),
-        1,
-        ["checkpoint-000001.pt", "checkpoint-000002.pt", "checkpoint-000003.part"],
-    ),
-}
+FIRST_SAVE = ((KILL, "os.rename", "000001.part"), -signal.SIGKILL, ["000001.part"])
+NOT_RENAMED = ((KILL, "os.rename", "000002.part"), -signal.SIGKILL, ["000001.pt", "000002.part"])
+KEPT = ["000001.pt", "000002.pt"]
+MOMENTS = [  # a line, an event and a file; the exit code; the checkpoints that are left
+    FIRST_SAVE,
+    NOT_RENAMED,
+    ((FULL.format(50), "os.truncate", "samples.jsonl"), 1, NOT_RENAMED[2]),
+    ((KILL, "os.remove", "000001.pt"), -signal.SIGKILL, KEPT),
+    (("; ".join(TEAR), "os.truncate", "samples.jsonl"), -signal.SIGXFSZ, [*KEPT, "000003.part"]),
+    ((FULL.format(3_000_000), "os.truncate", "samples.jsonl"), 1, [*KEPT, "000003.part"]),
+]
+
+
+def checkpoints(folder):
+    return sorted(path.name.partition("-")[2] for path in folder.glob("checkpoint-*"))
+
+
+def stop(moment, script, options, cwd):
+    """Run a script until one of the MOMENTS."""
+    disturb, expected, left = moment
+    code, said = Script(script, *options, cwd=cwd, disturb=disturb).wait()
+    assert code == expected, said
+    assert checkpoints(cwd / "run") == left
 
 
 def kill_at_random(script, options, cwd, draw):
@@ -65,7 +50,7 @@ def kill_at_random(script, options, cwd, draw):
     before = list(cwd.glob("run/events.*"))
     process = Script(script, *options, cwd=cwd)
     ended = Path(f"{process.output}.code")
-    while list(cwd.glob("run/events.*")) == before and not ended.exists():
+    while list(cwd.glob("run/events.*")) == before and not ended.is_symlink():
         time.sleep(0.001)
     time.sleep(draw.uniform(0, 0.5))
     with suppress(ProcessLookupError):
@@ -74,47 +59,24 @@ def kill_at_random(script, options, cwd, draw):
     assert code in (0, -signal.SIGKILL), said
 
 
-def stop(disturb, name, script, options, cwd):
-    """Run a script until one of the MOMENTS."""
-    moment, expected, left = MOMENTS[name]
-    code, said = Script(disturb, *moment, ROOT / f"{script}.py", *options, cwd=cwd).wait()
-    assert code == expected, said
-    assert sorted(path.name for path in (cwd / "run").glob("checkpoint-*")) == left
-
-
 @pytest.mark.parametrize("script", EVERY)
-def test_a_killed_run_ends_as_if_nothing_had_been(script, disturb, flags, finished, tmp_path):
+def test_a_killed_run_ends_as_if_nothing_had_been(script, flags, finished, tmp_path):
     """With --resume from the start, when there is nothing yet; one of them killed often."""
     options = [*flags[script], "--resume"]
-    first, second, *others = MOMENTS
-    for name in [first, second, *others] if script == "p3o_v2" else [second]:
-        stop(disturb, name, script, options, tmp_path)
+    for moment in MOMENTS if script == "p3o_v2" else [NOT_RENAMED]:
+        stop(moment, script, options, tmp_path)
     if script == "p3o_v2":
         kill_at_random(script, options, tmp_path, random.Random(script))
     assert "resumed" in run(script, *options, cwd=tmp_path)
     assert ending(tmp_path / "run") == ending(finished(script))
-    found = [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
-    assert found == ["checkpoint-000003.pt"]
-
-
-def test_a_disk_that_is_full_when_a_run_goes_on_does_not_cost_its_settings(
-    disturb, flags, finished, tmp_path
-):
-    options = [*flags["p3o_v2"], "--resume"]
-    stop(disturb, "written, not renamed", "p3o_v2", options, tmp_path)
-    full = FULL.replace("3_000_000", "50")
-    command = (full, "os.truncate", "samples.jsonl", ROOT / "p3o_v2.py", *options)
-    code, said = Script(disturb, *command, cwd=tmp_path).wait()
-    assert code == 1, said
-    run("p3o_v2", *options, cwd=tmp_path)
-    assert ending(tmp_path / "run") == ending(finished("p3o_v2"))
+    assert checkpoints(tmp_path / "run") == ["000003.pt"]
 
 
 @pytest.mark.parametrize("script", OFFLINE)
-def test_a_resumed_run_finds_what_the_reference_said(script, disturb, flags, finished, tmp_path):
+def test_a_resumed_run_finds_what_the_reference_said(script, flags, finished, tmp_path):
     """It does not ask again: in the meantime the answers have been changed, and these count."""
-    for name in ("in the first save", "written, not renamed"):
-        stop(disturb, name, script, [*flags[script], "--resume"], tmp_path)
+    for moment in (FIRST_SAVE, NOT_RENAMED):
+        stop(moment, script, [*flags[script], "--resume"], tmp_path)
     file = tmp_path / "run/reference.pt"
     stored, undisturbed = torch.load(file), torch.load(finished(script) / "reference.pt")
     if script == "mpo":
@@ -179,25 +141,17 @@ def test_a_run_is_not_resumed_with_other_settings(script, more, named, flags, fi
     assert contents(folder) == before
 
 
-@pytest.fixture(scope="module")
-def other_data(data, tmp_path_factory):
-    """A folder of the same name, with another row."""
-    folder = shutil.copytree(data, tmp_path_factory.mktemp("other") / "data")
-    with open(folder / "train.jsonl", "a") as file:
-        file.write(json.dumps(tiny_rows("train", 30)[-1]) + "\n")
-    return folder
-
-
 @pytest.mark.parametrize("script", EVERY)
-def test_a_run_is_not_resumed_with_data_that_have_changed(
-    script, flags, finished, data, other_data, tmp_path
-):
-    """Under the same name: here the run's record is made to name the other folder."""
+def test_a_run_is_not_resumed_with_data_that_have_changed(script, flags, finished, data, tmp_path):
+    """Under the same name: here the run's record is made to name a folder with another row."""
     folder = shutil.copytree(finished(script), tmp_path / "run")
+    other = shutil.copytree(data, tmp_path / "data")
+    with open(other / "train.jsonl", "a") as file:
+        file.write(json.dumps(tiny_rows("train", 30)[-1]) + "\n")
     record = folder / "args.json"
-    record.write_text(record.read_text().replace(str(data), str(other_data)))
+    record.write_text(record.read_text().replace(str(data), str(other)))
     before = contents(folder)
-    options = [*flags[script], "--dataset", other_data, "--resume"]
+    options = [*flags[script], "--dataset", other, "--resume"]
     said = run(script, *options, cwd=tmp_path, code=2)
     assert "--dataset" in said.rpartition(f"{script}.py: ")[2]
     assert contents(folder) == before

@@ -1,26 +1,24 @@
-"""Every script as its users run it, with small sizes: what a run leaves, and what settings do."""
+"""Every script as its users run it, with small sizes: what a run leaves, and what settings do.
+Before that the built-in world: its data, its true reward, and what its two models promise."""
 
-import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from conftest import (
     EVALUATIONS,
     EVERY,
-    LOSS,
     OFFLINE,
     ONLINE,
     ROOT,
     SHORT,
-    STAGES,
     TINY,
-    Script,
     build,
     events_of,
     lines,
@@ -31,16 +29,76 @@ from conftest import (
     write_rows,
 )
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import dpo
+import p3o_v2
+
+sys.path.insert(0, str(TINY))
+import data as tiny_data  # noqa: E402
+import gold  # noqa: E402
+import grammar  # noqa: E402
 
 SCORED = (*ONLINE, *OFFLINE)  # they start at the SFT policy, and evaluate by rewards
 GIVEN = ["--reward-fn", "reward.py:f"]
 
 
+# ------------------------------------------------------------------------------ the built-in world
+def test_the_data_are_what_make_writes_and_no_prompt_is_in_both_splits(tmp_path):
+    tiny_data.write_data(tmp_path, 0)
+    prompts = []
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / name).read_bytes() == (TINY / "data" / name).read_bytes()
+        prompts.append({row["prompt"] for row in lines(tmp_path / name)})
+    assert len(prompts[1]) >= 300 and not prompts[0] & prompts[1]
+
+
+def test_the_true_reward_wants_what_its_docstring_says():
+    """Each answer is better than the next, and any text has a bounded reward."""
+    tea, steps = "\n\nHuman: How do I make tea?\n\nAssistant:", grammar.TOPICS["make tea"]
+    answers = [
+        f" Happy to help! {steps[0]} {steps[1]} Hope that helps!",
+        f" Happy to help! {steps[0]} {steps[1]}",
+        f" Okay. {steps[0]} {steps[1]}",
+        f" Okay. {steps[1]} {steps[0]}",
+        f" Okay. {steps[1]} {steps[0]} Now go away.",
+        f" Not this again. {steps[1]} {steps[0]} Now go away.",
+        " Happy to help! Happy to help! Hope that helps! Hope that helps!",
+        f" Not this again. {grammar.SMALL_TALK[0]} {grammar.SMALL_TALK[0]} Now go away.",
+        "",
+    ]
+    values = gold.gold_reward([tea] * len(answers), answers)
+    assert values == sorted(values, reverse=True) and len(set(values)) == len(values)
+    texts = ["", " ", "a" * 10_000, "\n\nHuman:", ". ! ?", " Okay." * 100, "émoji 🍵"]
+    assert all(gold.EMPTY <= value < 20 for value in gold.gold_reward([tea] * len(texts), texts))
+
+
+def test_the_models_of_the_world_are_as_good_as_promised():
+    """The policy speaks the grammar, with answers of different worth; the reward model is about as
+    good as the truth on noisy labels."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "sft")
+    rows = lines(TINY / "data/test.jsonl")
+    prompts = dpo.encode_prompts(tokenizer, [row["prompt"] for row in rows])
+    pairs = [[row["chosen"], row["rejected"]] for row in rows]
+    pairs = [dpo.encode_responses(tokenizer, texts, [0], 128, Counter()) for texts in pairs]
+    args = dpo.Args(dataset="tiny", dtype="float32", micro_batch_size=200)
+    policy = dpo.load_model(AutoModelForCausalLM, str(TINY / "sft"), "cpu", args)
+    rewards = dpo.load_rewards(str(TINY / "reward_model"), tokenizer, "cpu", args)
+    noise = torch.rand(200, 4, 128, generator=torch.Generator().manual_seed(0)).double()
+    accuracy = {}
+    with torch.no_grad():
+        for name, function in rewards.items():
+            accuracy[name] = 0.5 - function(prompts, pairs).diff(dim=1).sign().mean() / 2
+        found = p3o_v2.sample_responses(policy, prompts[:200], noise, 1.0, [0])
+    assert len(rows) == 2000 and accuracy["reward"] >= accuracy["gold"] - 0.02
+    answers = [responses for responses, _ in found]
+    assert rewards["gold"](prompts[:200], answers).var(1).mean().sqrt() >= 1
+    texts = [row["response"] for row in dpo.decode_texts(tokenizer, prompts, answers)]
+    assert sum(grammar.parse(text) is not None for text in texts) >= 0.95 * 800
+    assert not any(grammar.parse(text) for text in ("", "Okay.", " Okay", " Okay. Okay.", " x"))
+
+
+# ---------------------------------------------------------------------------- what a run leaves
 def write_reward(folder, result="range(len(prompts))"):
     (folder / "reward.py").write_text(f"def f(prompts, responses):\n    return {result}\n")
 
@@ -51,7 +109,6 @@ def changed(start, end):
     return {name for name in start if not torch.equal(start[name].to(end[name].dtype), end[name])}
 
 
-# ---------------------------------------------------------------------------- what a run leaves
 @pytest.mark.parametrize("script", EVERY)
 def test_a_run_leaves_its_settings_logs_and_a_model(script, finished):
     folder = finished(script)
@@ -71,31 +128,20 @@ def test_a_run_leaves_its_settings_logs_and_a_model(script, finished):
         assert found == pytest.approx([row[key] for row in metrics], rel=1e-5, abs=1e-30)
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-000003.pt"]
-    kind = AutoModelForCausalLM
-    if script == "reward_model":
-        kind = AutoModelForSequenceClassification
-    model, info = kind.from_pretrained(folder / "model", output_loading_info=True)
+    kind = AutoModelForCausalLM if script != "reward_model" else AutoModelForSequenceClassification
+    _, info = kind.from_pretrained(folder / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert AutoTokenizer.from_pretrained(folder / "model").eos_token_id == 0
     if script != "sft":  # which starts at random here
-        same = load_file(TINY / "sft/model.safetensors").keys() - changed(
-            TINY / "sft", folder / "model"
-        )
+        same = load_file(TINY / "sft/model.safetensors").keys()
+        same -= changed(TINY / "sft", folder / "model")
         assert same <= {"gpt_neox.final_layer_norm.bias"}  # no difference of scores depends on it
 
 
-@pytest.mark.parametrize("script", EVERY)
-def test_every_key_that_is_logged_is_explained(script, finished):
-    table = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.M)
-    explained = {key for row in table for key in re.findall(r"`([\w/]+)`", row)}
-    for name in ("metrics", EVALUATIONS[script]):
-        row = lines(finished(script) / f"{name}.jsonl")[-1]
-        logged = {re.sub(r"_decile_\d", "_decile_0", key.removesuffix("_se")) for key in row}
-        assert logged - explained == {"step"}
-
-
 @pytest.mark.parametrize("script", SCORED)
-def test_a_policy_starts_at_the_reference_and_leaves_it(script, finished):
+def test_a_policy_starts_at_the_reference_leaves_it_and_shows_held_out_answers(
+    script, finished, data
+):
     start, *_, end = lines(finished(script) / "frontier.jsonl")
     assert start["kl"] == 0 and start["win_rate_vs_sft"] == 0.5 and end["kl"] != 0
     first, *others = lines(finished(script) / "metrics.jsonl")
@@ -104,10 +150,6 @@ def test_a_policy_starts_at_the_reference_and_leaves_it(script, finished):
         assert all(row["val/ratio_init_error"] < 1e-4 for row in (first, *others))
     else:
         assert start["accuracy"] == 0.5 and abs(first["rewards/margins"]) < 1e-4
-
-
-@pytest.mark.parametrize("script", SCORED)
-def test_samples_are_a_table_of_held_out_answers(script, finished, data):
     rows = lines(finished(script) / "samples.jsonl")
     assert [row["step"] for row in rows] == [0] * 4 + [2] * 4 + [3] * 4
     held_out = {row["prompt"] for row in lines(data / "test.jsonl")}
@@ -116,30 +158,26 @@ def test_samples_are_a_table_of_held_out_answers(script, finished, data):
     assert all(row["response"] == row["sft_response"] for row in rows[:4])
 
 
-@pytest.mark.parametrize("script", ONLINE)
-def test_online_scripts_learn_in_a_few_updates(script, tmp_path):
-    """A reward that a few steps can reach: short responses."""
+@pytest.mark.parametrize("script", EVERY)
+def test_a_script_learns_in_a_few_updates(script, tmp_path):
+    """To answer briefly, or what is held out as well, so that a few steps suffice."""
+    rows = tiny_rows("train", 24)
+    write_rows(tmp_path / "data/train.jsonl", rows)
+    others = [{**row, "prompt": row["prompt"] + " "} for row in rows]
+    write_rows(tmp_path / "data/test.jsonl", others)
     write_reward(tmp_path, "[-len(y) / 10 for y in responses]")
-    options = "--num-updates 6 --prompts-per-update 8 --minibatch-size 4 --num-epochs 1"
-    options += " --eval-prompts 32 --learning-rate 3e-3 --max-response-tokens 12 --eval-every 0"
-    if script == "ppo":
-        options += " --lam 1"
-    run(script, *options.split(), *GIVEN, "--output-dir", "run", cwd=tmp_path)
-    start, end = lines(tmp_path / "run/frontier.jsonl")
-    assert end["reward"] - start["reward"] > 3 * (start["reward_se"] + end["reward_se"])
-
-
-@pytest.mark.parametrize("script", (*OFFLINE, *STAGES))
-def test_other_scripts_learn_in_a_few_updates(script, tmp_path):
-    """What is held out is like what they learn from, so that a few steps suffice."""
-    write_rows(tmp_path / "data/train.jsonl", tiny_rows("train", 24))
-    rows = [{**row, "prompt": f"{row['prompt']} "} for row in tiny_rows("train", 24)]
-    write_rows(tmp_path / "data/test.jsonl", rows)
-    options = "--num-updates 8 --minibatch-size 8 --eval-every 0 --learning-rate 3e-3"
-    options += " --max-response-tokens 16 --dataset data --output-dir run"
-    run(script, *options.split(), cwd=tmp_path)
+    options = "--eval-every 0 --learning-rate 3e-3 --dataset data --output-dir run".split()
+    if script in ONLINE:
+        options += "--num-updates 6 --prompts-per-update 8 --minibatch-size 4".split()
+        options += [*GIVEN, "--num-epochs", 1, "--max-response-tokens", 12]
+    else:
+        options += "--num-updates 8 --minibatch-size 8 --max-response-tokens 16".split()
+    options += ["--lam", 1] if script == "ppo" else []
+    run(script, *options, cwd=tmp_path)
     start, end = lines(tmp_path / f"run/{EVALUATIONS[script]}.jsonl")
-    if script == "sft":
+    if script in ONLINE:
+        assert end["reward"] - start["reward"] > 3 * (start["reward_se"] + end["reward_se"])
+    elif script == "sft":
         assert end["sft/eval_loss"] < start["sft/eval_loss"] - 1
     else:
         key = "rm/eval_accuracy" if script == "reward_model" else "accuracy"
@@ -178,7 +216,7 @@ def test_bfloat16_starts_at_the_reference_to_the_bit(script, flags, finished, tm
         assert row["val/ratio_init_error"] < 0.5 and row.get("policy/ratio_max", 1) == 1
         assert row["objective/kl"] == 0 or script == "online_dpo"  # which asks the sampler
     elif script != "sft":
-        key = "policy/preference" if script == "mpo" else LOSS[script]
+        key = {"mpo": "policy/preference", "reward_model": "rm/loss"}.get(script, "policy/loss")
         expected = lines(finished(script) / "metrics.jsonl")[0][key]
         assert row[key] == pytest.approx(expected, rel=0.05, abs=0.02)
     names = changed(TINY / "sft", tmp_path / "run/model")  # its head is its embedding
@@ -186,28 +224,7 @@ def test_bfloat16_starts_at_the_reference_to_the_bit(script, flags, finished, tm
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").dtype == torch.float32
 
 
-def test_only_the_last_layer_and_an_untied_head_change(data, tmp_path):
-    save(build("gpt_neox", "policy", seed=1, vocab_size=768), tmp_path / "untied")
-    write_reward(tmp_path)
-    options = [*SHORT["p3o_v2"], "--model", "untied", *GIVEN, "--dataset", data]
-    options += ["--unfrozen-layers", 1, "--num-updates", 1, "--output-dir", "run"]
-    run("p3o_v2", *options, cwd=tmp_path)
-    names = load_file(tmp_path / "untied/model.safetensors").keys()
-    expected = {name for name in names if ".layers.1." in name or "embed_out" in name}
-    assert changed(tmp_path / "untied", tmp_path / "run/model") == expected != set()
-
-
 # ------------------------------------------------------------------------ models and data forms
-def text_of(tokens, number):
-    """A text of so many tokens of the embedded world's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "sft")
-    ids = tokenizer(" Wash the window." * 40).input_ids
-    end = tokenizer(f" {number}.").input_ids
-    text = tokenizer.decode(ids[: tokens - len(end)] + end)
-    assert len(tokenizer(text).input_ids) == tokens
-    return text
-
-
 @pytest.mark.parametrize("script", EVERY)
 def test_learned_positions_are_used_to_the_last_and_never_beyond(script, tmp_path):
     """64 of them: 16 for the response, 48 for the prompt; one prompt more is too long.
@@ -217,9 +234,9 @@ def test_learned_positions_are_used_to_the_last_and_never_beyond(script, tmp_pat
     save(build("gpt2", "policy", seed=1, vocab_size=768), tmp_path / "gpt2")
     write_reward(tmp_path)
     rows = []
-    for number, length in enumerate([48, 48, 48, 9, 47, 48, 49]):
+    for number, length in enumerate([48, 48, 48, 9, 47, 48, 49]):  # tokens
         answers = {"completion": " Wash it." * 9, "chosen": " Wash." * 12, "rejected": " No."}
-        rows.append({"prompt": text_of(length, number), **answers})
+        rows.append({"prompt": f"{number}" + " the" * (length - 1), **answers})
     write_rows(tmp_path / "data/train.jsonl", rows[1:])
     write_rows(tmp_path / "data/test.jsonl", rows[:1])
     options = [*SHORT[script], "--num-updates", 2, "--max-response-tokens", 16, "--model", "gpt2"]
@@ -259,49 +276,17 @@ def test_stages_find_each_other_on_dialogues(tmp_path):
         rows.append({"chosen": f"{start} It is {i + 1}.", "rejected": f"{start} No."})
     write_rows(tmp_path / "numbers.jsonl", rows)
     common = "--model models/small --dataset numbers.jsonl --num-updates 3".split()
-    records = {}
     for script in ("sft", "reward_model", "p3o_v2", "dpo"):
         run(script, *SHORT[script], *common, cwd=tmp_path)
         folder = tmp_path / f"runs/{script}/numbers.jsonl/small"
-        records[script] = json.loads((folder / "args.json").read_text())
+        record = json.loads((folder / "args.json").read_text())
+        policy = "runs/sft/numbers.jsonl/small/model" if script != "sft" else "models/small"
+        assert record["policy"] == policy
         assert changed(tmp_path / "models/small", folder / "model")
-    assert records["sft"]["policy"] == "models/small"
-    for script in ("reward_model", "p3o_v2", "dpo"):
-        assert records[script]["policy"] == "runs/sft/numbers.jsonl/small/model"
-    for script in ("p3o_v2", "dpo"):
-        assert records[script]["reward"] == "runs/reward_model/numbers.jsonl/small/model"
-        samples = lines(tmp_path / f"runs/{script}/numbers.jsonl/small/samples.jsonl")
-        assert all(row["prompt"].endswith("+ 1\n\nAssistant:") for row in samples)
-    # Another dataset has no stages before it, and the policy is --model itself.
-    write_rows(tmp_path / "others.jsonl", rows)
-    said = run("p3o_v2", *common, "--dataset", "others.jsonl", cwd=tmp_path, code=2)
-    assert "reward_model.py" in said.rpartition("p3o_v2.py: ")[2]
-
-
-@pytest.mark.parametrize("result, code", [("[0.0]", 2), ("1 / 0", 1)])
-def test_a_reward_function_that_goes_wrong_ends_the_run(result, code, flags, tmp_path):
-    """Wrong numbers in a sentence; an exception in a traceback into the file of its author."""
-    write_reward(tmp_path, result)
-    found, said = Script("p3o_v2", *flags["p3o_v2"], *GIVEN, cwd=tmp_path).wait()
-    assert found == code, said
-    assert ("Traceback" in said and "reward.py" in said) == (code == 1)
-    assert ("p3o_v2.py: the reward function" in said) == (code == 2)
-
-
-def test_weights_that_are_no_numbers_any_more_end_the_run(flags, tmp_path):
-    options = [*flags["dpo"], "--learning-rate", 1e30, "--max-grad-norm", 0]
-    said = run("dpo", *options, cwd=tmp_path, code=2)
-    assert "--learning-rate" in said.rpartition("dpo.py: ")[2]
-    found = [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
-    assert found == ["checkpoint-000001.pt"]
-
-
-# ------------------------------------------------------------------------------ the command line
-@pytest.mark.parametrize("script", EVERY)
-def test_help_tells_every_flag(script, tmp_path):
-    said = run(script, "--help", cwd=tmp_path)
-    for name in vars(importlib.import_module(script).Args()):
-        assert f"--{name.replace('_', '-')}" in said
+        if script in SCORED:
+            assert record["reward"] == "runs/reward_model/numbers.jsonl/small/model"
+            samples = lines(folder / "samples.jsonl")
+            assert all(row["prompt"].endswith("+ 1\n\nAssistant:") for row in samples)
 
 
 def test_track_logs_to_weights_and_biases_without_a_network(data, tmp_path):
