@@ -38,7 +38,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -725,7 +725,9 @@ def main(args):
             with accelerator.split_between_processes(examples) as share:
                 share_logps = logps_of(reference, share).cpu()
                 share_prompts = [x for x, _ in share for _ in range(S)]
-                share_samples = generate_responses(reference, share_prompts, end_ids, args)
+                # Random numbers that no evaluation and no other process has
+                other_seed = replace(args, seed=args.seed + 10**9 * (rank + 1))
+                share_samples = generate_responses(reference, share_prompts, end_ids, other_seed)
                 share_samples = [y.tolist() for [y] in share_samples]  # views of whole batches
             ref_logps = torch.cat(gather_object([share_logps]))  # [N, 2]
             ref_samples = gather_object(share_samples)  # N·S lists of token ids

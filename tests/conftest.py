@@ -122,7 +122,7 @@ class Script:
     def said(self):
         return self.output.read_text() if self.output.exists() else ""
 
-    def wait(self, seconds=300):
+    def wait(self, seconds=600):
         return self._read("code", seconds), self.said()
 
 

@@ -175,6 +175,7 @@ def test_a_script_learns_in_a_few_updates(script, tmp_path):
     options += ["--lam", 1] if script == "ppo" else []
     run(script, *options, cwd=tmp_path)
     start, end = lines(tmp_path / f"run/{EVALUATIONS[script]}.jsonl")
+    assert script not in SCORED or end["win_rate_vs_sft"] > 0.5
     if script in ONLINE:
         assert end["reward"] - start["reward"] > 3 * (start["reward_se"] + end["reward_se"])
     elif script == "sft":
