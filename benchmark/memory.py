@@ -26,8 +26,8 @@ ONLINE = ("p3o_v2", "p3o_v1", "rloo", "grpo", "ppo", "online_dpo")
 PAIRS = ("dpo", "ipo", "mpo")
 GIB = 2**30
 # Bytes that a layer keeps for the backward pass, by token and unit of hidden size, measured by
-# torch's hooks on saved tensors (tests/test_memory.py): GPT-NeoX, with a feed-forward part 4 times as
-# wide; Llama, 3.5 times and gated.
+# torch's hooks on saved tensors (tests/test_memory.py): GPT-NeoX, with a feed-forward part 4 times
+# as wide; Llama, 3.5 times and gated.
 KEPT = {("gpt_neox", 4): 74, ("gpt_neox", 2): 39, ("llama", 4): 98, ("llama", 2): 63}
 # Milliseconds of sampling a token, assumed: launching small kernels takes longer than their work.
 MS_A_LAYER = 0.4
