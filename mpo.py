@@ -721,13 +721,15 @@ def main(args):
         if saved:
             ref_logps, ref_samples = torch.load(file)
         else:
-            accelerator.print(f"{S} samples of the reference to each of {N} prompts ...")
+            accelerator.print(
+                f"{S} samples of the reference to the prompt of each of {N} pairs ..."
+            )
             with accelerator.split_between_processes(examples) as share:
                 share_logps = logps_of(reference, share).cpu()
                 share_prompts = [x for x, _ in share for _ in range(S)]
                 # Random numbers that no evaluation and no other process has
-                other_seed = replace(args, seed=args.seed + 10**9 * (rank + 1))
-                share_samples = generate_responses(reference, share_prompts, end_ids, other_seed)
+                sample_args = replace(args, seed=args.seed + 10**9 * (rank + 1))
+                share_samples = generate_responses(reference, share_prompts, end_ids, sample_args)
                 share_samples = [y.tolist() for [y] in share_samples]  # views of whole batches
             ref_logps = torch.cat(gather_object([share_logps]))  # [N, 2]
             ref_samples = gather_object(share_samples)  # N·S lists of token ids

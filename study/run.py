@@ -62,8 +62,14 @@ def start(flags, folder):
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
+
+
+def last_line(folder):
+    """The last line that a run has printed, which names the error of one that failed."""
+    lines = Path(f"{folder}.log").read_text().strip().splitlines()
+    return f"{lines[-1] if lines else ''}\n    the whole output: {folder}.log"
 
 
 def read_lines(file):
@@ -124,8 +130,9 @@ def share_done(folder):
     file = folder / "metrics.jsonl"
     if not file.exists():
         return 0
-    total = json.loads((folder / "args.json").read_text())["num_updates"] or 375
-    return min(1, file.read_text().count("\n") / total)
+    total = json.loads((folder / "args.json").read_text()).get("num_updates")
+    # Offline scripts go through all pairs by default: 375 updates on tiny
+    return min(1, file.read_text().count("\n") / (total or 375))
 
 
 def write(file, text):
@@ -150,8 +157,7 @@ def make(runs, file, folder, workers):
     for flags, place, seconds, code in run_all(jobs, workers):
         label = " ".join(f"{key}={value}" for key, value in flags.items() if key != "crc")
         if code:
-            lines = Path(f"{place}.log").read_text().strip().splitlines() or [""]
-            tqdm.write(f"failed: {label}\n    {lines[-1]}\n    the whole output: {place}.log")
+            tqdm.write(f"failed: {label}\n    {last_line(place)}")
             failed.append(flags)
             continue
         stored.append(outcome(flags, place, seconds))
@@ -203,8 +209,7 @@ def own_values(script, folder):
     jobs = [({"script": script, "num_updates": 1, "eval_prompts": 4}, folder / "first")]
     for _, place, _, code in run_all(jobs, 1):
         if code:
-            lines = Path(f"{place}.log").read_text().strip().splitlines() or [""]
-            raise UserError(f"{script} failed: {lines[-1]} (the whole output: {place}.log)")
+            raise UserError(f"{script} failed: {last_line(place)}")
     record = json.loads((folder / "first/args.json").read_text())
     offline = "prompts_per_update" not in record
     name = next((key for key in ("beta", "tau") if key in record), None)
@@ -219,34 +224,29 @@ def benchmark(args):
         raise UserError(f"--script {args.script}: no such file")
     folder = ROOT / args.output_dir / script.stem
     folder.mkdir(parents=True, exist_ok=True)
-    copy = shutil.copy(script, folder)  # so that it can be edited meanwhile
+    copy = folder / script.name  # so that it can be edited meanwhile
+    copy.write_bytes(script.read_bytes())
     if not (folder / "tiny").exists():  # scripts look for it beside them
         (folder / "tiny").symlink_to(ROOT / "tiny")
-    crc = zlib.crc32(script.read_bytes())  # an edited script starts over
+    crc = zlib.crc32(copy.read_bytes())  # an edited script starts over
     rate, name, strength, flags = own_values(str(copy), folder)
     common = {"script": str(copy), "crc": crc, **flags}
 
-    def runs_of(pairs, seeds):
-        runs = []
-        for seed in seeds:
-            for rate, strength in pairs:
-                run = {**common, "learning_rate": rate, "seed": seed}
-                if name:
-                    run[name] = strength
-                runs.append(run)
-        return runs
+    def run(rate, strength, seed):
+        values = {name: strength} if name else {}
+        return {**common, "learning_rate": rate, **values, "seed": seed}
 
     pairs = settings.around(rate, strength)
     print(f"search: {len(pairs)} settings of {script.name} on one seed", flush=True)
-    runs = runs_of(pairs, [settings.SEARCH_SEED])
-    stored, failed = make(runs, folder / "search.json", folder, args.workers)
+    runs = [run(*pair, settings.SEARCH_SEED) for pair in pairs]
+    stored, _ = make(runs, folder / "search.json", folder, args.workers)
     if not stored:
         raise UserError(f"all runs of {script.name} failed")
     best = max(stored, key=figures.mean_share)["settings"]
     pair = best["learning_rate"], best.get(name)
     seeds = settings.SEEDS[:3]
     print(f"learning rate {pair[0]:g}, {name} {pair[1]}; {len(seeds)} fresh seeds", flush=True)
-    runs = runs_of([pair], seeds)
+    runs = [run(*pair, seed) for seed in seeds]
     stored, failed = make(runs, folder / "seeds.json", folder, args.workers)
     if failed:
         raise UserError(

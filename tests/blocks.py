@@ -1,7 +1,7 @@
 """Blocks are the functions and classes that scripts share: one name, one text.
 
 python tests/blocks.py                   say where blocks of one name differ
-python tests/blocks.py --fix p3o_v2.py   copy the blocks of p3o_v2.py into all scripts that have them
+python tests/blocks.py --fix p3o_v2.py   copy the blocks of p3o_v2.py into all that have them
 """
 
 import argparse

@@ -103,6 +103,22 @@ def test_samples_of_the_reference_are_answers_to_their_prompts(flags, finished, 
         assert (own > rolled).double().mean() > 0.8
 
 
+def test_samples_of_the_reference_are_not_those_of_evaluations_or_of_each_other(flags, tmp_path):
+    """With all logits 0 random numbers alone decide what is sampled."""
+    model = AutoModelForCausalLM.from_pretrained(TINY / "sft")
+    model.get_output_embeddings().weight.data.zero_()
+    model.save_pretrained(tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "sft")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    options = [*flags["mpo"], "--model", tmp_path / "policy", "--num-updates", 1]
+    run_two("mpo", *options, "--output-dir", "run", cwd=tmp_path)
+    _, samples = torch.load(tmp_path / "run/reference.pt")
+    first = [tokenizer.decode(y[:1]) for y in samples]  # of 11 rows and of 10
+    assert first[:4] != first[11:15]
+    answers = [row["sft_response"] for row in lines(tmp_path / "run/samples.jsonl")]
+    assert not all(answer.startswith(text) for answer, text in zip(answers[:2], first))
+
+
 @pytest.mark.parametrize("script", ["p3o_v2", "dpo"])
 def test_a_job_of_two_that_was_killed_goes_on_as_if_nothing_had_been(script, flags, tmp_path):
     first, second = start_two(script, *flags[script], cwd=tmp_path, disturb=MOMENT)

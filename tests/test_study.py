@@ -1,4 +1,4 @@
-"""The study: tables are the stored results, runs are those of the settings, your script is ranked."""
+"""The study: tables are the stored results, runs those of the settings, your script is ranked."""
 
 import json
 import os
