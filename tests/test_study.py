@@ -209,7 +209,7 @@ def test_a_script_is_ranked_once_and_a_setting_that_fails_is_left_out_and_said(m
     row, output, runs = ranked(mine)
     assert len({*runs}) == len(runs) == 9 + 3 and sorted(runs[9:]) == SEEDS
     assert row.split()[1:4] == ["0.002", "0.5", "3"]
-    assert "learning_rate=0.002 seed=1 beta=2.0\n    diverged" in output
+    assert "learning_rate=0.002 beta=2.0 seed=1\n    diverged" in output
     assert (mine.parent / "mine/frontier.png").exists()
     again, _, runs = ranked(mine)
     assert again == row and runs == [FAILED]  # tried again
