@@ -11,6 +11,7 @@ go to study/results, those of your own script to runs/study/NAME. settings.py sa
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -28,8 +29,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 POINT = "kl kl_se kl_k1 reward reward_se gold gold_se length eos_rate win_rate_vs_sft".split()
-METRICS = "policy/clipfrac policy/ratio_max grad_norm objective/beta_raw rewards/accuracies"
-METRICS = f"{METRICS} policy/pair_weight_mean policy/pair_weight_std time/update".split()
+METRICS = (
+    "policy/clipfrac policy/ratio_max grad_norm objective/beta_raw rewards/accuracies "
+    "policy/pair_weight_mean policy/pair_weight_std time/update"
+).split()
 
 
 class UserError(Exception):
@@ -72,6 +75,19 @@ def last_line(folder):
     return f"{lines[-1] if lines else ''}\n    the whole output: {folder}.log"
 
 
+def problem(folder, code):
+    """Why a run that ended cannot be stored, or None if it can."""
+    if code:
+        return last_line(folder)
+    points = read_lines(folder / "frontier.jsonl")
+    if not points:
+        return f"no evaluation in {folder}/frontier.jsonl"
+    for key in ("kl", "reward", "gold"):
+        if not math.isfinite(points[-1].get(key, math.nan)):
+            return f"no finite {key} in the last line of {folder}/frontier.jsonl"
+    return None
+
+
 def read_lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -107,22 +123,26 @@ def run_all(jobs, workers):
     Yields flags, folder, seconds and the exit code of each as it ends.
     """
     waiting, running, done = list(jobs), [], 0
-    with tqdm(total=len(waiting), unit="run", smoothing=0, disable=None) as bar:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                flags, folder = waiting.pop(0)
-                running.append((start(flags, folder), flags, folder, time.perf_counter()))
-            time.sleep(0.2)
-            for job in list(running):
-                process, flags, folder, began = job
-                if process.poll() is not None:
-                    running.remove(job)
-                    done += 1
-                    bar.update(done - bar.n)
-                    yield flags, folder, time.perf_counter() - began, process.returncode
-            shares = [share_done(folder) for _, _, folder, _ in running]
-            bar.n = done + round(sum(shares), 2)
-            bar.refresh()
+    try:
+        with tqdm(total=len(waiting), unit="run", smoothing=0, disable=None) as bar:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    flags, folder = waiting.pop(0)
+                    running.append((start(flags, folder), flags, folder, time.perf_counter()))
+                time.sleep(0.2)
+                for job in list(running):
+                    process, flags, folder, began = job
+                    if process.poll() is not None:
+                        running.remove(job)
+                        done += 1
+                        bar.update(done - bar.n)
+                        yield flags, folder, time.perf_counter() - began, process.returncode
+                shares = [share_done(folder) for _, _, folder, _ in running]
+                bar.n = done + round(sum(shares), 2)
+                bar.refresh()
+    finally:  # nothing goes on behind an error
+        for process, *_ in running:
+            process.terminate()
 
 
 def share_done(folder):
@@ -146,7 +166,8 @@ def write(file, text):
 def make(runs, file, folder, workers):
     """Make those of the runs that are not stored in the file yet, and store them there.
 
-    Returns what is stored of them, and the settings of those that failed.
+    Returns what is stored of them, and the settings of those that failed. Stored runs that are not
+    among these are dropped from the file.
     """
     stored = json.loads(file.read_text()) if file.exists() else []
     stored = [row for row in stored if row["settings"] in runs]
@@ -156,8 +177,8 @@ def make(runs, file, folder, workers):
     failed = []
     for flags, place, seconds, code in run_all(jobs, workers):
         label = " ".join(f"{key}={value}" for key, value in flags.items() if key != "crc")
-        if code:
-            tqdm.write(f"failed: {label}\n    {last_line(place)}")
+        if found := problem(place, code):
+            tqdm.write(f"failed: {label}\n    {found}")
             failed.append(flags)
             continue
         stored.append(outcome(flags, place, seconds))
@@ -208,9 +229,12 @@ def own_values(script, folder):
     """Learning rate, β (None without one) and the budget's flags of a script, from a short run."""
     jobs = [({"script": script, "num_updates": 1, "eval_prompts": 4}, folder / "first")]
     for _, place, _, code in run_all(jobs, 1):
-        if code:
-            raise UserError(f"{script} failed: {last_line(place)}")
-    record = json.loads((folder / "first/args.json").read_text())
+        if found := problem(place, code):
+            raise UserError(f"{script} failed: {found}")
+    file = folder / "first/args.json"
+    record = json.loads(file.read_text()) if file.exists() else {}
+    if "learning_rate" not in record:
+        raise UserError(f"{script} wrote no learning_rate to {file}")
     offline = "prompts_per_update" not in record
     name = next((key for key in ("beta", "tau") if key in record), None)
     flags = settings.OFFLINE_FLAGS if offline else settings.ONLINE_FLAGS
@@ -245,7 +269,8 @@ def benchmark(args):
     best = max(stored, key=figures.mean_share)["settings"]
     pair = best["learning_rate"], best.get(name)
     seeds = settings.SEEDS[:3]
-    print(f"learning rate {pair[0]:g}, {name} {pair[1]}; {len(seeds)} fresh seeds", flush=True)
+    text = f"learning rate {pair[0]:g}" + (f", {name} {pair[1]:g}" if name else "")
+    print(f"{text}: {len(seeds)} fresh seeds", flush=True)
     runs = [run(*pair, seed) for seed in seeds]
     stored, failed = make(runs, folder / "seeds.json", folder, args.workers)
     if failed:

@@ -30,8 +30,8 @@ FOUND = dict(OWN)  # by the search; tests/test_study.py compares
 
 
 def around(learning_rate, beta):
-    """Learning rates and β of the search; without β (None), learning rates alone."""
-    betas = [None] if beta is None else [float(f"{beta * x:.3g}") for x in BETA_FACTORS]
+    """Learning rates and β of the search; without β (None or 0), learning rates alone."""
+    betas = [float(f"{beta * x:.3g}") for x in BETA_FACTORS] if beta else [beta]
     rates = [float(f"{learning_rate * x:.3g}") for x in LEARNING_RATE_FACTORS]
     return list(product(rates, betas))
 

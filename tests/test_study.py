@@ -232,8 +232,18 @@ def test_a_ranking_that_was_killed_goes_on(mine):
     assert sorted(runs) == sorted([FAILED, *SEEDS])
 
 
-def test_a_script_that_does_not_exist_ends_with_one_sentence(tmp_path):
-    command = [sys.executable, ROOT / "study/run.py", "--script", tmp_path / "none.py"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"run.py: --script {tmp_path}/none.py: no such file\n"
+def test_a_script_that_cannot_be_ranked_ends_with_one_sentence(mine):
+    no_evaluation = SCRIPT.replace("(0.0, 1.0, 4.5)", "()")
+    no_rate = SCRIPT.replace('"learning_rate": rate, ', "")
+    no_gold = SCRIPT.replace('"gold": 1 + step', '"gold": float("nan")')
+    texts = {
+        None: "no such file",
+        no_evaluation: "no evaluation in ",
+        no_gold: "no finite gold in ",
+    }
+    for text, expected in {**texts, no_rate: "wrote no learning_rate to "}.items():
+        mine.write_text(text) if text else mine.unlink()
+        process = start(mine)
+        _, error = process.communicate()
+        [line] = [line for line in error.splitlines() if line.startswith("run.py: ")]
+        assert process.returncode == 2 and expected in line and "Traceback" not in error
