@@ -5,12 +5,12 @@ PYTHON ?= python3
 
 run: .venv/.run
 	@echo
-	@echo "P3O trains a small help-desk assistant that is at first rude, off topic or repetitive half of the time. It prints,"
-	@echo "now and then, measures on questions it was not trained on, and one answer before training and as it is now:"
-	@echo "  reward           what a reward model, learned from people's choices, says of its answers: this is optimised"
-	@echo "  gold             their true quality, never seen in training"
-	@echo "  kl               how far it has moved from where it started, in nats an answer"
-	@echo "  win_rate_vs_sft  how often the reward model prefers its answer to the one before training"
+	@echo "P3O trains a small help-desk assistant that is often rude, off topic or repetitive at first. Each evaluation"
+	@echo "prints means over held-out prompts, and one response next to the one before training:"
+	@echo "  reward           score of a reward model trained on noisy synthetic preferences: this is optimised"
+	@echo "  gold             true reward, never used in training"
+	@echo "  kl               how far the policy has moved from the SFT policy, in nats per response"
+	@echo "  win_rate_vs_sft  how often the reward model prefers the response to the SFT policy's"
 	@echo
 	.venv/bin/python p3o_v2.py --overwrite
 
@@ -19,7 +19,7 @@ test: .venv/.test
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
-# Rebuild the embedded world: data, tokenizer, SFT policy, reward model; about ten minutes on two cores.
+# Rebuild the built-in world: data, tokenizer, SFT policy, reward model; about ten minutes on two cores.
 tiny: .venv/.run
 	.venv/bin/python tiny/make.py
 

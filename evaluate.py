@@ -7,16 +7,16 @@ policy. Each answers every prompt once. The first table has means over prompts a
     kl                 KL(π ‖ π_ref) of a response, in nats, exact over the vocabulary at each token
     length, eos_rate   tokens of a response, and the share of responses with an end token
 
-The others have win rates: the share p of the n prompts on which one policy has more reward than
-another, a tie or the same answer being half a win, with Wilson's 95 % interval
+The others have win rates: the share p of the n prompts on which one policy has a higher reward than
+another. A tie or the same response is half a win. The interval is Wilson's 95 % interval,
 
     (p + v/2 ± √(v p (1 − p) + v²/4)) / (1 + v)          v = 1.96² / n; with ties it is too wide
 
 With --judge-model the better answer is also chosen by a language model, which sees each pair in
-both orders. Its replies are kept on disk and not asked for again.
+both orders. Its replies are cached on disk.
 
-Settings that are not given are those of the first run among the policies, and so is its reward
-model. A Python file runs only if it is named on the command line: a run may come from anywhere.
+Settings that are not given, and the reward model, come from the first run among the policies. But a
+Python file runs only if it is named on the command line, because a run may come from anyone.
 
     python evaluate.py runs/p3o_v2/tiny/tiny tiny --show 4
     python evaluate.py runs/p3o_v2/mine/model runs/ppo/mine/model --reward-fn reward.py:score
@@ -71,27 +71,27 @@ def win_rate(wins):
 @dataclass
 class Args:
     policies: tyro.conf.Positional[tuple[str, ...]] = ()  # run or model folders, hub ids, or tiny
-    reference: str = ""  # policy of the KL (empty: where the first run began, or the last policy)
-    show: int = 0  # prompts to print with all answers
+    reference: str = ""  # reference policy (empty: that of the first run, else the last policy)
+    show: int = 0  # number of prompts to print with all responses
     # Judge
     judge_model: str = ""  # name of the judge on its server (empty: no judge)
-    judge_url: str = ""  # OpenAI-compatible server (empty: OpenAI's); its key is OPENAI_API_KEY
-    judge_replies: str = "runs/judge.jsonl"  # file with the replies so far
+    judge_url: str = ""  # OpenAI-compatible server (empty: OpenAI); key from OPENAI_API_KEY
+    judge_replies: str = "runs/judge.jsonl"  # file that caches its replies
     # Rewards
     reward_model: str = ""  # hub id or folder (empty: that of the first run, or tiny's)
-    reward_fn: str = ""  # FILE.py:FUNCTION of prompts and responses, instead of a model
-    gold_fn: str = ""  # FILE.py:FUNCTION, a known true reward that is only evaluated
+    reward_fn: str = ""  # FILE.py:FUNCTION that scores prompts and responses, instead of a model
+    gold_fn: str = ""  # FILE.py:FUNCTION, the true reward if known; logged, never trained on
     # Prompts and sampling, as in the first run
     seed: int = 1  # random seed
     dataset: str = ""  # tiny, hh, tldr, a hub id, a file or a folder
     eval_prompts: int = 256  # held-out prompts to evaluate on
     max_prompt_tokens: int = 512  # longer prompts are dropped
     max_response_tokens: int = 128  # longer responses are cut
-    temperature: float = 1.0  # of the policy, in sampling and in log-probabilities
+    temperature: float = 1.0  # divides the policy's logits, in sampling and in logprobs
     # Speed
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: by device)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls (auto: bfloat16 on a GPU)
     micro_batch_size: int = 16  # prompts per forward pass
-    sample_batch_size: int = 256  # prompts sampled at a time
+    sample_batch_size: int = 256  # prompts per sampling batch
 
 
 SCRIPT = Path(__file__).stem
@@ -147,7 +147,7 @@ def defaults_of(policies):
         args.dataset = "tiny"
     args.reference = record.get("policy", "")
     if record.get("reward_fn"):
-        print(f"The run's {record['reward_fn']} is run only if you pass it as --reward-fn.")
+        print(f"The first run used {record['reward_fn']}: to use it here, pass --reward-fn.")
     else:
         args.reward_model = record.get("reward", "")
     return args
@@ -160,7 +160,7 @@ def find_policy(name):
     if not (Path(name) / "args.json").is_file():
         return name
     if not (Path(name) / "model").is_dir():
-        raise UserError(f"{name} has no model yet: a run saves it at its end")
+        raise UserError(f"{name} has no model yet: a run saves it when it ends")
     return f"{name}/model"
 
 
@@ -170,7 +170,9 @@ def check_numbers(args):
     for name, value in vars(args).items():
         lowest = 0 if name in MAY_BE_ZERO else 1e-9  # anything positive
         if type(value) in (int, float) and not value >= lowest:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small")
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} must be {'above' if lowest else 'at least'} 0"
+            )
 
 
 def load_model(auto_class, name, device, args, trainable=False):
@@ -182,21 +184,25 @@ def load_model(auto_class, name, device, args, trainable=False):
     except Exception as error:  # the libraries raise many kinds
         raise UserError(f"model {name}: {error}") from error
     if info["missing_keys"]:
-        raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
-    # head_logits applies the head alone, so scaled or capped logits would be wrong.
-    head = model.to(device).get_output_embeddings()
-    x = torch.arange(3, device=device)  # any tokens: a prompt of one, two equal responses of two
+        raise UserError(
+            f"{name} is not a complete {auto_class.__name__}: no {sorted(info['missing_keys'])}"
+        )
+    # response_hidden and head_logits must give the model's own logits. They would not for scaled
+    # logits, or if the second of two equal responses (any tokens) could see the first.
+    head = model.get_output_embeddings()
+    x = torch.arange(3)
     with torch.no_grad():
         _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
         if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
-            raise UserError(f"{name} scales its logits, or has alibi or recurrence: not supported")
-    set_up_model(model, args, trainable)
+            raise UserError(f"{name} is not supported: scaled logits, ALiBi or recurrence")
+    set_up_model(model.to(device), args, trainable)
     return model
 
 
 def set_up_model(model, args, trainable):
     """Turn dropout off, choose the weights to train, and round the others to --dtype."""
     model.eval().requires_grad_(trainable)
+    # The first ModuleList holds the transformer's layers.
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     if trainable and args.unfrozen_layers:
         model.base_model.requires_grad_(False)
@@ -226,7 +232,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path).absolute()  # load_dataset cannot read a file of "."
+        file = Path(path).absolute()  # load_dataset cannot read a file in "."
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -237,12 +243,14 @@ def load_splits(args):
         raise UserError(f"--dataset {path}: {error.__cause__ or error!r}") from error
     test = {"test", "validation", "valid"} & set(splits)
     if "train" not in splits or not test:
-        raise UserError(f"--dataset {path} has the splits {list(splits)}: run prepare_data.py")
-    return splits[min(test)], splits["train"]
+        raise UserError(
+            f"--dataset {path} has splits {list(splits)}, not train and test: run prepare_data.py"
+        )
+    return splits[min(test)], splits["train"]  # test comes before valid and validation
 
 
 def encode_prompts(tokenizer, texts):
-    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to any text."""
+    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to every text."""
     adds_end = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
     ids = tokenizer(texts).input_ids if texts else []
     return [torch.tensor(row[:-1] if adds_end else row) for row in ids]
@@ -260,7 +268,7 @@ def load_prompts(tokenizer, longest, args):
         texts = split[column] if column in split.column_names else [None]  # fails the check below
         if not all(isinstance(text, str) for text in texts):
             raise UserError(
-                f"--dataset {args.dataset} has no text in {column}: run prepare_data.py"
+                f"--dataset {args.dataset} has no text in prompt or chosen: run prepare_data.py"
             )
         if column == "chosen":
             texts = ["".join(text.rpartition("\n\nAssistant:")[:2]) for text in texts]
@@ -272,10 +280,10 @@ def load_prompts(tokenizer, longest, args):
         ids = encode_prompts(tokenizer, texts)
         kept = [row for row in ids if 0 < len(row) <= longest]
         PartialState().print(
-            f"{name:13} {len(kept)} prompts. Dropped of {len(split)} rows: "
-            f"{len(split) - len(unique)} with the prompt of another, "
+            f"{name:13} {len(kept)} prompts. Dropped from {len(split)} rows: "
+            f"{len(split) - len(unique)} duplicate prompts, "
             f"{len(unique) - len(texts)} empty, held out or news articles, "
-            f"{len(ids) - len(kept)} of more than {longest} tokens"
+            f"{len(ids) - len(kept)} longer than {longest} tokens"
         )
         if not kept:
             raise UserError(f"--dataset {args.dataset} has no {name} prompts that can be used")
@@ -342,17 +350,17 @@ def load_rewards(reward_name, tokenizer, device, args):
 
 # ------------------------------------------------------------------------ sampling and measuring
 def head_logits(model, hidden, temperature):
-    """Logits [..., V] of hidden states [..., D], in float32 also under autocast."""
+    """Logits [..., V] of hidden states [..., D], in float32 even under autocast."""
     with torch.autocast(hidden.device.type, enabled=False):
         logits = model.get_output_embeddings()(hidden.float())
         return logits / temperature if temperature != 1 else logits
 
 
 def sample_responses(model, prompts, noise, temperature, end_ids):
-    """Sample K responses to each of B prompts from the whole distribution (no top-k or top-p).
+    """Sample K responses to each of B prompts from the full distribution (no top-k or top-p).
 
-    This replaces `generate`: it reads a prompt once for its K responses, drops responses that have
-    ended from the batch, and records their log-probabilities, which are needed anyway.
+    This replaces `generate`: it reads a prompt once for its K responses, drops finished responses
+    from the batch, and records their log-probabilities, which are needed anyway.
 
     noise: [B, K, T] uniform numbers; a response depends on its own T, not on the rest of the batch
     Returns B tuples: the K responses, up to and including an end token, and their logprobs [K, T].
@@ -381,7 +389,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     rows = torch.arange(B * K, device=device)  # of the responses that have not ended
     for t in range(T):
         probs = logits.softmax(-1)  # [rows, V]
-        # Inverse transform sampling, in float64 so that rare tokens keep their share.
+        # Inverse transform sampling, in float64 so that rare tokens keep their probability.
         cdf = probs.double().cumsum(-1)
         token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:])  # [rows, 1]
         tokens[rows, t] = token[:, 0]
@@ -422,7 +430,8 @@ def response_hidden(model, prompts, responses):
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
     segment = pad(segments).to(model.device)  # [B, L]
-    # A query sees earlier keys of the prompt and of its own response. Padding comes last.
+    # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
+    # so only padding sees it.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
     output = model.base_model(
         pad(rows).to(model.device),
@@ -457,7 +466,7 @@ def response_scores(reward_model, prompts, responses):
 
 
 def in_batches(function, *columns, batch_size):
-    """Apply a function to slices of rows, and join the B results (as a tensor of tensors)."""
+    """Apply a function to slices of rows, and join the results: a list, or one stacked tensor."""
     results = []
     for start in range(0, len(columns[0]), batch_size):
         results += function(*(column[start : start + batch_size] for column in columns))
@@ -551,7 +560,7 @@ def judge_wins(prompts, texts, args):
     for (i, j, b), question in questions.items():
         verdict = read_verdict(replies[question])
         verdicts[verdict] += 1
-        gain = {"A": 0.25, "B": -0.25}.get(verdict, 0)  # half the question, from a tie
+        gain = {"A": 0.25, "B": -0.25}.get(verdict, 0)  # each of the two orders moves ½ by ¼
         wins[i, j][b] += gain
         wins[j, i][b] -= gain
     print(f"\nVerdicts of the judge, in both orders: {dict(verdicts)}")
@@ -580,7 +589,7 @@ def print_win_rates(wins, names):
 
 
 def print_answers(prompts, texts, values, args):
-    """Print some prompts with the answers of all policies, and what they are worth."""
+    """Print some prompts with the responses of all policies and their measures."""
     step = max(1, len(prompts) // args.show)
     for b in range(0, len(prompts), step)[: args.show]:
         print(f"\nPrompt {b + 1}\n{textwrap.indent(prompts[b], '    ')}")
@@ -593,7 +602,7 @@ def print_answers(prompts, texts, values, args):
 def main(args):
     check_numbers(args)
     if not args.policies or not args.dataset:
-        raise UserError("name policies, and pass --dataset if neither a run nor tiny is among them")
+        raise UserError("no policies, or no --dataset and neither a run nor tiny among them")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.dtype == "auto":
         args.dtype = "float32" if device.type == "cpu" else "bfloat16"
@@ -620,7 +629,7 @@ def main(args):
         policy = load_model(AutoModelForCausalLM, path, device, args)
         own_tokenizer, end_ids = load_tokenizer(path, policy)
         if own_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise UserError(f"{path} has other tokens than the reference {reference_path}")
+            raise UserError(f"{path} and the reference {reference_path} differ in vocabulary")
         with torch.no_grad(), autocast:
             responses, measures = answer_prompts(
                 policy, reference, prompts, end_ids, reward_fns, args

@@ -2,11 +2,11 @@
 
 Learn from labelled pairs by the log-ratio of the policy to the reference, as DPO does, but ask for
 a margin of 1/(2τ) between the chosen and the rejected response, not an ever larger one. So even
-labels that never disagree cannot push the policy ever further away from the reference.
+labels without noise cannot push the policy arbitrarily far from the reference.
 
     minimise   L = E[ (h_w − h_l − 1/(2τ))² ]
 
-    h = log π_θ(y|x) − log π_ref(y|x)      for a prompt x with a chosen response y_w, a rejected y_l
+    h = log π_θ(y|x) − log π_ref(y|x)      for a prompt x, chosen response y_w and rejected y_l
 
 Its optimum maximises E[p(y ≻ y')] − τ KL(π_θ ‖ π_ref), where p is the probability that y is
 preferred to y'. For a pair labelled (y_w, y_l) with probability p, and the other way round with
@@ -20,7 +20,7 @@ in the run folder.
 
 Shapes: B prompts, K = 2 responses to each (chosen, rejected), T response tokens, V vocabulary, D
 hidden size. A prompt or a response is a 1-D tensor of token ids without padding; `responses` is a
-list of B lists of K responses. `logprobs` are per token, `logps` their sums over a response.
+list of B lists of K responses. `logprobs` are per token, `logps` are their sums over a response.
 """
 
 import json
@@ -88,34 +88,34 @@ class Args:
     save_every: int = 200  # updates between checkpoints (0: only at the end)
     eval_every: int = 100  # updates between evaluations (0: only before and after training)
     eval_prompts: int = 256  # held-out prompts to evaluate on
-    track: bool = False  # log to Weights & Biases, too
+    track: bool = False  # also log to Weights & Biases
     # Models and data
-    model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder; see find_model
-    reward_model: str = ""  # hub id or folder (empty: the local run of reward_model.py, or public)
-    reward_fn: str = ""  # FILE.py:FUNCTION of prompts and responses, instead of a model
-    gold_fn: str = ""  # FILE.py:FUNCTION, a known true reward that is only evaluated
-    dataset: str = ""  # tiny, hh, tldr, a hub id, a file or a folder (empty: tiny or tldr)
+    model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder
+    reward_model: str = ""  # hub id or folder (empty: run of reward_model.py, else a public one)
+    reward_fn: str = ""  # FILE.py:FUNCTION that scores prompts and responses, instead of a model
+    gold_fn: str = ""  # FILE.py:FUNCTION, the true reward if known; logged, never trained on
+    dataset: str = ""  # tiny, hh, tldr, hub id, file or folder (empty: tiny for tiny, else tldr)
     max_prompt_tokens: int = 512  # longer prompts are dropped
     max_response_tokens: int = 128  # longer responses are cut
     # Sizes, over all processes unless noted
-    data_epochs: int = 1  # passes over the data (0 in sft, reward_model: 3 for tiny, else 1)
-    num_updates: int = 0  # updates (0: online 1000, or 60 for tiny; others all data)
-    minibatch_size: int = 32  # prompts per optimizer step
+    data_epochs: int = 1  # passes over the data (0, sft and reward_model only: 1, or 3 for tiny)
+    num_updates: int = 0  # updates (0: online scripts 1000, tiny 60; others by --data-epochs)
+    minibatch_size: int = 32  # prompts (offline: examples) per optimizer step
     micro_batch_size: int = 16  # prompts per forward pass of one process
     # Optimisation
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: by device)
-    unfrozen_layers: int = 0  # train only the last N layers and an untied head (0: everything)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls (auto: bfloat16 on a GPU)
+    unfrozen_layers: int = 0  # train only the last N layers, and the head if untied (0: all)
     gradient_checkpointing: bool = False  # less memory, more compute
-    learning_rate: float = 0.0  # of AdamW (0: 1e-6, sft and reward_model 1e-5, more for tiny)
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # of the learning rate
+    learning_rate: float = 0.0  # AdamW learning rate (0: 1e-6; sft, reward_model 1e-5; tiny more)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # decay after warm-up
     warmup_updates: int = 0  # optimizer steps of linear warm-up
-    weight_decay: float = 1e-6  # of AdamW
-    adam_betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
+    weight_decay: float = 1e-6  # AdamW weight decay
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # AdamW betas
+    max_grad_norm: float = 1.0  # largest gradient norm (0: no clipping)
     # Algorithm
-    temperature: float = 1.0  # of the policy, in sampling and in log-probabilities
-    tau: float = 0.1  # τ, weight of what keeps the policy near the reference
-    average_logprobs: bool = False  # log π(y|x) of pairs is the mean over tokens, not their sum
+    temperature: float = 1.0  # divides the policy's logits, in sampling and in logprobs
+    tau: float = 0.1  # strength of the regularisation towards the reference, τ
+    average_logprobs: bool = False  # log π(y|x) of pairs is averaged over tokens, not summed
 
 
 SCRIPT = Path(__file__).stem
@@ -146,13 +146,130 @@ class UserError(Exception):
     """A mistake in the arguments or the data, reported in one sentence without a traceback."""
 
 
+# ----------------------------------------------------------------- sampling and log-probabilities
+def generate_responses(model, prompts, end_ids, args):
+    """Sample a response to each prompt from the whole distribution: B lists of one response.
+
+    The library's `generate` is fast enough for the offline scripts. A batch has the same random
+    numbers in every call, so that policies are compared with less noise. In bfloat16 the logits are
+    rounded, so this samples from π only approximately.
+    """
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    own_config = model.generation_config
+    model.generation_config = GenerationConfig()  # the model's own may have penalties
+    responses = []
+    size = 4 * args.micro_batch_size  # more fits without gradients
+    for i in range(0, len(prompts), size):
+        torch.manual_seed(args.seed + i)
+        batch = prompts[i : i + size]
+        inputs = pad(batch).to(model.device)
+        mask = pad([torch.ones_like(prompt) for prompt in batch]).to(model.device)
+        output = model.generate(
+            inputs,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=args.temperature,
+            top_k=0,
+            max_new_tokens=args.max_response_tokens,
+            eos_token_id=end_ids,
+            pad_token_id=end_ids[0],
+        )
+        for row in output[:, inputs.shape[1] :].cpu():
+            is_end = torch.isin(row, torch.tensor(end_ids))
+            responses.append([row[: (~is_end).cumprod(0).sum() + 1]])  # to the first end token
+    model.generation_config = own_config
+    return responses
+
+
+def head_logits(model, hidden, temperature):
+    """Logits [..., V] of hidden states [..., D], in float32 even under autocast."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = model.get_output_embeddings()(hidden.float())
+        return logits / temperature if temperature != 1 else logits
+
+
+def response_hidden(model, prompts, responses):
+    """Last hidden states of responses: B·K tensors [T + 1, D].
+
+    State t predicts token t of the response; the last state is that of its last token. The K
+    responses to a prompt share one row, so that the prompt is read once. The prompt's last token z
+    predicts the first token of a response, so each response starts with a copy of z. A response
+    sees the prompt and itself, and its positions continue those of the prompt:
+
+        row        x x z a a z b b
+        segment    0 0 1 1 1 2 2 2
+        position   0 1 2 3 4 2 3 4
+    """
+    rows, segments, positions, sizes = [], [], [], []
+    for x, group in zip(prompts, responses):
+        parts = [x[:-1]] + [torch.cat([x[-1:], y]) for y in group]
+        size = [len(part) for part in parts]
+        position = torch.cat([torch.arange(n) for n in size])
+        position[size[0] :] += size[0]
+        rows.append(torch.cat(parts))
+        segments.append(torch.repeat_interleave(torch.tensor(size)))
+        positions.append(position)
+        sizes.append(size)
+    pad = partial(pad_sequence, batch_first=True)
+    segment = pad(segments).to(model.device)  # [B, L]
+    # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
+    # so only padding sees it.
+    mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
+    output = model.base_model(
+        pad(rows).to(model.device),
+        attention_mask=mask.tril()[:, None],  # [B, 1, query, key]
+        position_ids=pad(positions).to(model.device),
+        use_cache=False,
+    )
+    hidden = []
+    for states, size in zip(output.last_hidden_state, sizes):
+        hidden += states[: sum(size)].split(size)[1:]
+    return hidden
+
+
+def response_logps(model, prompts, responses, temperature):
+    """log π(y | x) of each response, the sum over its tokens: [B, K] float64."""
+    hidden = response_hidden(model, prompts, responses)
+    hidden = torch.cat([states[:-1] for states in hidden])  # [tokens, D]
+    targets = [y for group in responses for y in group]
+
+    def token_logprobs(hidden, targets):
+        return -F.cross_entropy(head_logits(model, hidden, temperature), targets, reduction="none")
+
+    # Logits of 128 tokens at a time fit a CPU's cache. Those of many tokens are recomputed in
+    # the backward pass, so that a tensor [B, K, T, V] never exists.
+    if len(hidden) > 1024:
+        token_logprobs = partial(checkpoint, token_logprobs, use_reentrant=False)
+    parts = map(token_logprobs, hidden.split(128), torch.cat(targets).to(hidden.device).split(128))
+    logprobs = torch.cat(list(parts)).split([len(y) for y in targets])
+    return torch.stack([row.double().sum() for row in logprobs]).view(len(prompts), -1)
+
+
+def response_scores(reward_model, prompts, responses):
+    """Reward model scores at the last token of each response: [B, K] float32."""
+    hidden = response_hidden(reward_model, prompts, responses)
+    last = torch.stack([states[-1] for states in hidden]).float()  # [B·K, D]
+    with torch.autocast(last.device.type, enabled=False):
+        return reward_model.score(last).view(len(prompts), -1)
+
+
+def in_batches(function, *columns, batch_size):
+    """Apply a function to slices of rows, and join the results: a list, or one stacked tensor."""
+    results = []
+    for start in range(0, len(columns[0]), batch_size):
+        results += function(*(column[start : start + batch_size] for column in columns))
+    return torch.stack(results) if torch.is_tensor(results[0]) else results
+
+
 # ------------------------------------------------------------------------------ models and data
 def check_numbers(args):
     """Raises UserError for a negative number, or a zero where it makes no sense."""
     for name, value in vars(args).items():
         lowest = 0 if name in MAY_BE_ZERO else 1e-9  # anything positive
         if type(value) in (int, float) and not value >= lowest:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small")
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} must be {'above' if lowest else 'at least'} 0"
+            )
 
 
 def stage_folder(script, args):
@@ -188,21 +305,25 @@ def load_model(auto_class, name, device, args, trainable=False):
     except Exception as error:  # the libraries raise many kinds
         raise UserError(f"model {name}: {error}") from error
     if info["missing_keys"]:
-        raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
-    # head_logits applies the head alone, so scaled or capped logits would be wrong.
-    head = model.to(device).get_output_embeddings()
-    x = torch.arange(3, device=device)  # any tokens: a prompt of one, two equal responses of two
+        raise UserError(
+            f"{name} is not a complete {auto_class.__name__}: no {sorted(info['missing_keys'])}"
+        )
+    # response_hidden and head_logits must give the model's own logits. They would not for scaled
+    # logits, or if the second of two equal responses (any tokens) could see the first.
+    head = model.get_output_embeddings()
+    x = torch.arange(3)
     with torch.no_grad():
         _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
         if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
-            raise UserError(f"{name} scales its logits, or has alibi or recurrence: not supported")
-    set_up_model(model, args, trainable)
+            raise UserError(f"{name} is not supported: scaled logits, ALiBi or recurrence")
+    set_up_model(model.to(device), args, trainable)
     return model
 
 
 def set_up_model(model, args, trainable):
     """Turn dropout off, choose the weights to train, and round the others to --dtype."""
     model.eval().requires_grad_(trainable)
+    # The first ModuleList holds the transformer's layers.
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     if trainable and args.unfrozen_layers:
         model.base_model.requires_grad_(False)
@@ -232,7 +353,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path).absolute()  # load_dataset cannot read a file of "."
+        file = Path(path).absolute()  # load_dataset cannot read a file in "."
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -243,12 +364,14 @@ def load_splits(args):
         raise UserError(f"--dataset {path}: {error.__cause__ or error!r}") from error
     test = {"test", "validation", "valid"} & set(splits)
     if "train" not in splits or not test:
-        raise UserError(f"--dataset {path} has the splits {list(splits)}: run prepare_data.py")
-    return splits[min(test)], splits["train"]
+        raise UserError(
+            f"--dataset {path} has splits {list(splits)}, not train and test: run prepare_data.py"
+        )
+    return splits[min(test)], splits["train"]  # test comes before valid and validation
 
 
 def encode_prompts(tokenizer, texts):
-    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to any text."""
+    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to every text."""
     adds_end = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
     ids = tokenizer(texts).input_ids if texts else []
     return [torch.tensor(row[:-1] if adds_end else row) for row in ids]
@@ -268,10 +391,10 @@ def split_dialogue(row):
 
 
 def encode_responses(tokenizer, texts, end_ids, longest, counts):
-    """Token ids of responses, 1-D tensors. What is cut is added to `counts`.
+    """Token ids of responses, 1-D tensors. Counts in `counts` what is cut.
 
-    A response ends at the first end token in its text, or else at an EOS that is added. One of more
-    than `longest` tokens is cut, and then has no end token.
+    A response ends at the first end token in its text, or else at an EOS that is added. A response
+    longer than `longest` tokens is cut, and then has no end token.
     """
     responses = []
     for ids in tokenizer(texts, add_special_tokens=False).input_ids:
@@ -301,13 +424,15 @@ def load_examples(tokenizer, end_ids, longest, columns, args):
             row.setdefault("completion", row.get("chosen"))
             texts = [row.get(key) for key in keys]
             if not all(isinstance(text, str) for text in texts):
-                raise UserError(f"--dataset {args.dataset} has no {keys}: run prepare_data.py")
+                raise UserError(
+                    f"--dataset {args.dataset} has no text columns {keys}: run prepare_data.py"
+                )
             if not all(texts):
-                counts["rows with an empty text or no common prompt dropped"] += 1
+                counts["dropped: empty text or no common prompt"] += 1
             elif texts[0] in held_out:
-                counts["rows with a held-out prompt dropped"] += 1
+                counts["dropped: held-out prompt"] += 1
             elif args.dataset == "tldr" and not texts[0].startswith("SUBREDDIT"):
-                counts["news articles dropped"] += 1
+                counts["dropped: news article"] += 1
             else:
                 rows.append(texts)
         held_out.update(texts[0] for texts in rows)
@@ -315,7 +440,7 @@ def load_examples(tokenizer, end_ids, longest, columns, args):
         prompts = encode_prompts(tokenizer, [texts[0] for texts in rows])
         for prompt, texts in zip(prompts, rows):
             if len(prompt) > longest:
-                counts[f"prompts of more than {longest} tokens dropped"] += 1
+                counts[f"dropped: prompt longer than {longest} tokens"] += 1
             else:
                 group = encode_responses(
                     tokenizer, texts[1:], end_ids, args.max_response_tokens, counts
@@ -323,7 +448,7 @@ def load_examples(tokenizer, end_ids, longest, columns, args):
                 examples.append((prompt, group))
         PartialState().print(f"{name:13} {len(examples)} examples; {dict(+counts)}")
         if not examples:
-            raise UserError(f"--dataset {args.dataset} has no {name} examples that can be used")
+            raise UserError(f"--dataset {args.dataset} has no usable {name} examples")
         parts.append(examples)
     return *parts, crc
 
@@ -385,120 +510,6 @@ def load_rewards(reward_name, tokenizer, device, args):
     return functions
 
 
-# ----------------------------------------------------------------- sampling and log-probabilities
-def generate_responses(model, prompts, end_ids, args):
-    """Sample a response to each prompt from the whole distribution: B lists of one response.
-
-    The library's `generate` is fast enough for the offline scripts. A batch has the same random
-    numbers in every call, so that policies are compared with less noise. In bfloat16 the logits are
-    rounded, so this samples from π only nearly.
-    """
-    pad = partial(pad_sequence, batch_first=True, padding_side="left")
-    own_config = model.generation_config
-    model.generation_config = GenerationConfig()  # the model's own may have penalties
-    responses = []
-    size = 4 * args.micro_batch_size  # without gradients more fits
-    for i in range(0, len(prompts), size):
-        torch.manual_seed(args.seed + i)
-        batch = prompts[i : i + size]
-        inputs = pad(batch).to(model.device)
-        mask = pad([torch.ones_like(prompt) for prompt in batch]).to(model.device)
-        output = model.generate(
-            inputs,
-            attention_mask=mask,
-            do_sample=True,
-            temperature=args.temperature,
-            top_k=0,
-            max_new_tokens=args.max_response_tokens,
-            eos_token_id=end_ids,
-            pad_token_id=end_ids[0],
-        )
-        for row in output[:, inputs.shape[1] :].cpu():
-            is_end = torch.isin(row, torch.tensor(end_ids))
-            responses.append([row[: (~is_end).cumprod(0).sum() + 1]])  # to the first end token
-    model.generation_config = own_config
-    return responses
-
-
-def head_logits(model, hidden, temperature):
-    """Logits [..., V] of hidden states [..., D], in float32 also under autocast."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = model.get_output_embeddings()(hidden.float())
-        return logits / temperature if temperature != 1 else logits
-
-
-def response_hidden(model, prompts, responses):
-    """Last hidden states of responses: B·K tensors [T + 1, D].
-
-    State t predicts token t of the response; the last state is that of its last token. The K
-    responses to a prompt share one row, so that the prompt is read once. The prompt's last token z
-    predicts the first token of a response, so each response starts with a copy of z. A response
-    sees the prompt and itself, and its positions continue those of the prompt:
-
-        row        x x z a a z b b
-        segment    0 0 1 1 1 2 2 2
-        position   0 1 2 3 4 2 3 4
-    """
-    rows, segments, positions, sizes = [], [], [], []
-    for x, group in zip(prompts, responses):
-        parts = [x[:-1]] + [torch.cat([x[-1:], y]) for y in group]
-        size = [len(part) for part in parts]
-        position = torch.cat([torch.arange(n) for n in size])
-        position[size[0] :] += size[0]
-        rows.append(torch.cat(parts))
-        segments.append(torch.repeat_interleave(torch.tensor(size)))
-        positions.append(position)
-        sizes.append(size)
-    pad = partial(pad_sequence, batch_first=True)
-    segment = pad(segments).to(model.device)  # [B, L]
-    # A query sees earlier keys of the prompt and of its own response. Padding comes last.
-    mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
-    output = model.base_model(
-        pad(rows).to(model.device),
-        attention_mask=mask.tril()[:, None],  # [B, 1, query, key]
-        position_ids=pad(positions).to(model.device),
-        use_cache=False,
-    )
-    hidden = []
-    for states, size in zip(output.last_hidden_state, sizes):
-        hidden += states[: sum(size)].split(size)[1:]
-    return hidden
-
-
-def response_logps(model, prompts, responses, temperature):
-    """log π(y | x) of each response, the sum over its tokens: [B, K] float64."""
-    hidden = response_hidden(model, prompts, responses)
-    hidden = torch.cat([states[:-1] for states in hidden])  # [tokens, D]
-    targets = [y for group in responses for y in group]
-
-    def token_logprobs(hidden, targets):
-        return -F.cross_entropy(head_logits(model, hidden, temperature), targets, reduction="none")
-
-    # Logits of 128 tokens at a time fit a CPU's cache. Those of many tokens are made again in
-    # the backward pass, so that a tensor [B, K, T, V] never exists.
-    if len(hidden) > 1024:
-        token_logprobs = partial(checkpoint, token_logprobs, use_reentrant=False)
-    parts = map(token_logprobs, hidden.split(128), torch.cat(targets).to(hidden.device).split(128))
-    logprobs = torch.cat(list(parts)).split([len(y) for y in targets])
-    return torch.stack([row.double().sum() for row in logprobs]).view(len(prompts), -1)
-
-
-def response_scores(reward_model, prompts, responses):
-    """Reward model scores at the last token of each response: [B, K] float32."""
-    hidden = response_hidden(reward_model, prompts, responses)
-    last = torch.stack([states[-1] for states in hidden]).float()  # [B·K, D]
-    with torch.autocast(last.device.type, enabled=False):
-        return reward_model.score(last).view(len(prompts), -1)
-
-
-def in_batches(function, *columns, batch_size):
-    """Apply a function to slices of rows, and join the B results (as a tensor of tensors)."""
-    results = []
-    for start in range(0, len(columns[0]), batch_size):
-        results += function(*(column[start : start + batch_size] for column in columns))
-    return torch.stack(results) if torch.is_tensor(results[0]) else results
-
-
 # -------------------------------------------------------------------------------------- training
 def lr_factor(step, args):
     """The factor of --learning-rate at a step, counted from 0."""
@@ -536,12 +547,14 @@ def find_checkpoint(folder, record, args):
         raise UserError(f"{folder} holds a run: pass --resume, --overwrite or --output-dir")
     for key, value in json.loads(json.dumps(record)).items():  # tuples become lists
         if key not in MAY_CHANGE and saved.get(key) != value:
-            raise UserError(f"{folder} is a run with {key} {saved.get(key)}, not {value}")
+            raise UserError(
+                f"{folder} has a run with {key} {saved.get(key)}, not {value}: change --output-dir"
+            )
     return max(folder.glob(f"{CHECKPOINT}.pt"), default=None)
 
 
 def start_run(accelerator, folder, record, state, args):
-    """Open the run folder: remove an earlier run, or cut its logs to those of the checkpoint."""
+    """Open the run folder: remove an earlier run, or truncate its logs to the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     if "log_sizes" in state:
         for name, size in state["log_sizes"].items():
@@ -556,7 +569,7 @@ def start_run(accelerator, folder, record, state, args):
         import wandb  # optional
 
         wandb.init(project="p3o", name=str(folder), config=record, sync_tensorboard=True)
-    # What was logged after the checkpoint is dropped.
+    # Drop what was logged after the checkpoint.
     accelerator.init_trackers(
         folder.name, init_kwargs={"tensorboard": {"purge_step": state["update"] + 1}}
     )
@@ -580,15 +593,17 @@ def save_checkpoint(folder, model, optimizer, state):
 
 def log(accelerator, file, update, values, prefix=""):
     """Append a line to a .jsonl file of the run, and add the values to TensorBoard."""
-    values = {key: float(value) for key, value in values.items()}
+    values = {key: float(values[key]) for key in values}
     if accelerator.is_main_process:
         with open(file, "a") as stream:
             stream.write(json.dumps({"step": update, **values}) + "\n")
-    accelerator.log({prefix + key: value for key, value in values.items()}, step=update)
+    # Standard errors would hide the means in TensorBoard.
+    shown = {prefix + key: values[key] for key in values if not key.endswith("_se")}
+    accelerator.log(shown, step=update)
 
 
 def log_evaluation(accelerator, folder, update, values, samples):
-    """Log and print means and standard errors over held-out prompts, and samples.
+    """Log means, standard errors and samples over held-out prompts; print the means and a sample.
 
     values: {name: [n, 1]} and samples: n dicts, of the prompts of this process
     """
@@ -623,7 +638,9 @@ def main(args):
     rank, world = accelerator.process_index, accelerator.num_processes
     check_numbers(args)
     if args.minibatch_size % world:
-        raise UserError(f"--minibatch-size must be a multiple of the {world} processes")
+        raise UserError(
+            f"--minibatch-size {args.minibatch_size} must be a multiple of the {world} processes"
+        )
 
     # Run folder
     policy_name = find_model("sft", args)
@@ -648,8 +665,8 @@ def main(args):
     eval_examples, examples, data_crc = load_examples(
         tokenizer, end_ids, longest, ("chosen", "rejected"), args
     )
-    examples.sort(key=lambda example: len(example[0]))  # neighbours are of like length
-    # One pair of each held-out prompt
+    examples.sort(key=lambda example: len(example[0]))  # neighbours have similar lengths
+    # One pair for each held-out prompt
     eval_examples = list({tuple(x.tolist()): (x, pair) for x, pair in eval_examples}.values())
     eval_size = min(args.eval_prompts, len(eval_examples)) // world * world
     eval_examples = eval_examples[rank:eval_size:world]
@@ -657,7 +674,7 @@ def main(args):
     N = len(examples)
     args.num_updates = args.num_updates or math.ceil(args.data_epochs * N / args.minibatch_size)
 
-    # Optimizer, and where to start
+    # Optimizer and checkpoint
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         args.learning_rate,
@@ -672,7 +689,7 @@ def main(args):
             raise UserError(f"--dataset {args.dataset} has changed since {saved}")
         policy.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
-    accelerator.wait_for_everyone()  # all have read the folder, which changes now
+    accelerator.wait_for_everyone()  # all have read the folder, before it changes
     if is_main:
         start_run(accelerator, folder, record, state, args)
 
@@ -686,12 +703,12 @@ def main(args):
 
     @autocast()
     def answer(model):
-        """Responses of a model to the held-out prompts, their rewards, and the texts."""
+        """A model's responses to the held-out prompts, with their rewards and texts."""
         responses = generate_responses(model, eval_prompts, end_ids, args)
         rewards = {name: function(eval_prompts, responses) for name, function in reward_fns.items()}
         return responses, rewards, decode_texts(tokenizer, eval_prompts, responses)
 
-    # log π_ref of all pairs, which a resumed run finds again, and the answers of the reference
+    # log π_ref of all pairs, which a resumed run loads, and the responses of the reference
     with torch.no_grad():
         if saved:
             ref_logps = torch.load(folder / "reference.pt", device.type)
@@ -709,7 +726,7 @@ def main(args):
         reference.to(device)
         responses, rewards, samples = answer(policy)
         answers = list(zip(eval_prompts, responses))
-        # From the sampled tokens alone: the mean of p3o_v2.py's kl with more noise (its kl_k1)
+        # Estimated from the sampled tokens alone, so noisier than p3o_v2.py's kl (it is kl_k1)
         values = {"kl": logps_of(policy, answers) - logps_of(reference, answers), **rewards}
         if reward_name:  # a tie counts as half
             values["win_rate_vs_sft"] = (rewards["reward"] - sft_rewards["reward"]).sign() / 2 + 0.5
@@ -726,14 +743,14 @@ def main(args):
     torch.manual_seed(args.seed)  # the same order after a resume
     passes = [torch.randperm(N) for _ in range(args.num_updates * args.minibatch_size // N + 1)]
     batches = torch.cat(passes).split(args.minibatch_size)
-    # A bar of the main process, on a terminal only
+    # A bar of the main process; None hides it where there is no terminal
     progress = tqdm(range(state["update"] + 1, args.num_updates + 1), disable=not is_main or None)
     for update in progress:
         start = time.perf_counter()
         state["update"] = update
         reference.to("cpu")  # not needed while training
 
-        # 1. One optimizer step on a minibatch, cut into micro-batches of pairs of like length
+        # 1. One optimizer step on a minibatch, cut into micro-batches of pairs of similar length
         minibatch = batches[update - 1][rank::world].sort(descending=True).values
         stats = []
         for micro in minibatch.split(args.micro_batch_size):

@@ -1,6 +1,6 @@
 """The limit of the KL-reward frontier: the highest reward that any policy can have at each KL.
 
-No policy has more reward than the best of these at the same KL(π ‖ π_ref), whatever trained it:
+No policy, however it is trained, has a higher reward at the same KL(π ‖ π_ref) than one of these:
 
     π*_b(y|x) ∝ π_ref(y|x) exp(r(x, y) / b)                     b > 0, the temperature of the tilt
 
@@ -9,17 +9,17 @@ Its reward and KL are estimated from N samples y_i ~ π_ref(·|x) to each prompt
     w_i = exp(r_i / b) / Σ_j exp(r_j / b)
     reward  Σ w_i r_i      KL  log N + Σ w_i log w_i      effective sample size  1 / Σ w_i²
 
-Few samples miss the best responses, so the estimate is too low. It is trusted where the effective
-sample size is at least 50 and KL < log N − 4.5; beside it stands how much more reward N samples
-give than N/2 at the same KL. Best-of-n sampling, with KL at most log n − (n−1)/n, is a second
-curve, which one can reach without training.
+A finite N misses the best responses, so the estimate is too low. It is trusted where the effective
+sample size is at least 50 and KL < log N − 4.5. The column more_than_half says how much more reward
+N samples give than N/2 at the same KL. A second curve, best-of-n sampling, needs no training; its
+KL is at most log n − (n−1)/n.
 
     python limit.py                                        # tiny world, up to an hour on a CPU
     python limit.py --num-samples 8192                     # keeps the samples, and adds to them
     python limit.py --model pythia-1b --dataset tldr
     python plot_frontier.py runs/p3o_v2/tiny/tiny --limit runs/limit/tiny/tiny/limit.json
 
-A stopped script goes on where it was. It writes limit.json, and samples.pt with all rewards.
+An interrupted run resumes where it stopped. It writes limit.json, and samples.pt with all rewards.
 
 Shapes: B prompts, K responses to each at a time, N in all, T response tokens, V vocabulary, D
 hidden size. A prompt or a response is a 1-D tensor of token ids without padding; `responses` is a
@@ -77,7 +77,7 @@ def limit_curve(values, temperatures):
 def best_of_n(values, n):
     """Reward and gold of the response with the highest reward among n, means over prompts.
 
-    Exact over all draws of n of the N samples: that of rank k is the best in C(k−1, n−1) of them.
+    Exact, over all subsets of n of the N samples: C(k−1, n−1) of them have rank k as their best.
     """
     order = values["reward"].argsort(stable=True, dim=1)[:, n - 1 :]  # ranks n to N
     rank = torch.arange(n, n + order.shape[1], dtype=torch.float64)
@@ -93,18 +93,18 @@ class Args:
     num_samples: int = 2048  # samples per prompt, N, rounded up to a multiple of 16
     eval_prompts: int = 256  # held-out prompts to evaluate on
     # Models and data
-    model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder; see find_model
-    reward_model: str = ""  # hub id or folder (empty: the local run of reward_model.py, or public)
-    reward_fn: str = ""  # FILE.py:FUNCTION of prompts and responses, instead of a model
-    gold_fn: str = ""  # FILE.py:FUNCTION, a known true reward that is only evaluated
-    dataset: str = ""  # tiny, hh, tldr, a hub id, a file or a folder (empty: tiny or tldr)
+    model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder
+    reward_model: str = ""  # hub id or folder (empty: run of reward_model.py, else a public one)
+    reward_fn: str = ""  # FILE.py:FUNCTION that scores prompts and responses, instead of a model
+    gold_fn: str = ""  # FILE.py:FUNCTION, the true reward if known; logged, never trained on
+    dataset: str = ""  # tiny, hh, tldr, hub id, file or folder (empty: tiny for tiny, else tldr)
     max_prompt_tokens: int = 512  # longer prompts are dropped
     max_response_tokens: int = 128  # longer responses are cut
-    temperature: float = 1.0  # of the policy, in sampling and in log-probabilities
+    temperature: float = 1.0  # divides the policy's logits, in sampling and in logprobs
     # Speed
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: by device)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls (auto: bfloat16 on a GPU)
     micro_batch_size: int = 4  # prompts per forward pass, each with 16 responses
-    sample_batch_size: int = 16  # prompts sampled at a time, with 16 responses to each
+    sample_batch_size: int = 16  # prompts per sampling batch, each with 16 responses
 
 
 SCRIPT = Path(__file__).stem
@@ -134,7 +134,9 @@ def check_numbers(args):
     for name, value in vars(args).items():
         lowest = 0 if name in MAY_BE_ZERO else 1e-9  # anything positive
         if type(value) in (int, float) and not value >= lowest:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small")
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} must be {'above' if lowest else 'at least'} 0"
+            )
 
 
 def stage_folder(script, args):
@@ -170,21 +172,25 @@ def load_model(auto_class, name, device, args, trainable=False):
     except Exception as error:  # the libraries raise many kinds
         raise UserError(f"model {name}: {error}") from error
     if info["missing_keys"]:
-        raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
-    # head_logits applies the head alone, so scaled or capped logits would be wrong.
-    head = model.to(device).get_output_embeddings()
-    x = torch.arange(3, device=device)  # any tokens: a prompt of one, two equal responses of two
+        raise UserError(
+            f"{name} is not a complete {auto_class.__name__}: no {sorted(info['missing_keys'])}"
+        )
+    # response_hidden and head_logits must give the model's own logits. They would not for scaled
+    # logits, or if the second of two equal responses (any tokens) could see the first.
+    head = model.get_output_embeddings()
+    x = torch.arange(3)
     with torch.no_grad():
         _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
         if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
-            raise UserError(f"{name} scales its logits, or has alibi or recurrence: not supported")
-    set_up_model(model, args, trainable)
+            raise UserError(f"{name} is not supported: scaled logits, ALiBi or recurrence")
+    set_up_model(model.to(device), args, trainable)
     return model
 
 
 def set_up_model(model, args, trainable):
     """Turn dropout off, choose the weights to train, and round the others to --dtype."""
     model.eval().requires_grad_(trainable)
+    # The first ModuleList holds the transformer's layers.
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     if trainable and args.unfrozen_layers:
         model.base_model.requires_grad_(False)
@@ -214,7 +220,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path).absolute()  # load_dataset cannot read a file of "."
+        file = Path(path).absolute()  # load_dataset cannot read a file in "."
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -225,12 +231,14 @@ def load_splits(args):
         raise UserError(f"--dataset {path}: {error.__cause__ or error!r}") from error
     test = {"test", "validation", "valid"} & set(splits)
     if "train" not in splits or not test:
-        raise UserError(f"--dataset {path} has the splits {list(splits)}: run prepare_data.py")
-    return splits[min(test)], splits["train"]
+        raise UserError(
+            f"--dataset {path} has splits {list(splits)}, not train and test: run prepare_data.py"
+        )
+    return splits[min(test)], splits["train"]  # test comes before valid and validation
 
 
 def encode_prompts(tokenizer, texts):
-    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to any text."""
+    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to every text."""
     adds_end = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
     ids = tokenizer(texts).input_ids if texts else []
     return [torch.tensor(row[:-1] if adds_end else row) for row in ids]
@@ -248,7 +256,7 @@ def load_prompts(tokenizer, longest, args):
         texts = split[column] if column in split.column_names else [None]  # fails the check below
         if not all(isinstance(text, str) for text in texts):
             raise UserError(
-                f"--dataset {args.dataset} has no text in {column}: run prepare_data.py"
+                f"--dataset {args.dataset} has no text in prompt or chosen: run prepare_data.py"
             )
         if column == "chosen":
             texts = ["".join(text.rpartition("\n\nAssistant:")[:2]) for text in texts]
@@ -260,10 +268,10 @@ def load_prompts(tokenizer, longest, args):
         ids = encode_prompts(tokenizer, texts)
         kept = [row for row in ids if 0 < len(row) <= longest]
         PartialState().print(
-            f"{name:13} {len(kept)} prompts. Dropped of {len(split)} rows: "
-            f"{len(split) - len(unique)} with the prompt of another, "
+            f"{name:13} {len(kept)} prompts. Dropped from {len(split)} rows: "
+            f"{len(split) - len(unique)} duplicate prompts, "
             f"{len(unique) - len(texts)} empty, held out or news articles, "
-            f"{len(ids) - len(kept)} of more than {longest} tokens"
+            f"{len(ids) - len(kept)} longer than {longest} tokens"
         )
         if not kept:
             raise UserError(f"--dataset {args.dataset} has no {name} prompts that can be used")
@@ -330,17 +338,17 @@ def load_rewards(reward_name, tokenizer, device, args):
 
 # -------------------------------------------------------------------------- sampling and scoring
 def head_logits(model, hidden, temperature):
-    """Logits [..., V] of hidden states [..., D], in float32 also under autocast."""
+    """Logits [..., V] of hidden states [..., D], in float32 even under autocast."""
     with torch.autocast(hidden.device.type, enabled=False):
         logits = model.get_output_embeddings()(hidden.float())
         return logits / temperature if temperature != 1 else logits
 
 
 def sample_responses(model, prompts, noise, temperature, end_ids):
-    """Sample K responses to each of B prompts from the whole distribution (no top-k or top-p).
+    """Sample K responses to each of B prompts from the full distribution (no top-k or top-p).
 
-    This replaces `generate`: it reads a prompt once for its K responses, drops responses that have
-    ended from the batch, and records their log-probabilities, which are needed anyway.
+    This replaces `generate`: it reads a prompt once for its K responses, drops finished responses
+    from the batch, and records their log-probabilities, which are needed anyway.
 
     noise: [B, K, T] uniform numbers; a response depends on its own T, not on the rest of the batch
     Returns B tuples: the K responses, up to and including an end token, and their logprobs [K, T].
@@ -369,7 +377,7 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     rows = torch.arange(B * K, device=device)  # of the responses that have not ended
     for t in range(T):
         probs = logits.softmax(-1)  # [rows, V]
-        # Inverse transform sampling, in float64 so that rare tokens keep their share.
+        # Inverse transform sampling, in float64 so that rare tokens keep their probability.
         cdf = probs.double().cumsum(-1)
         token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:])  # [rows, 1]
         tokens[rows, t] = token[:, 0]
@@ -410,7 +418,8 @@ def response_hidden(model, prompts, responses):
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
     segment = pad(segments).to(model.device)  # [B, L]
-    # A query sees earlier keys of the prompt and of its own response. Padding comes last.
+    # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
+    # so only padding sees it.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
     output = model.base_model(
         pad(rows).to(model.device),
@@ -433,7 +442,7 @@ def response_scores(reward_model, prompts, responses):
 
 
 def in_batches(function, *columns, batch_size):
-    """Apply a function to slices of rows, and join the B results (as a tensor of tensors)."""
+    """Apply a function to slices of rows, and join the results: a list, or one stacked tensor."""
     results = []
     for start in range(0, len(columns[0]), batch_size):
         results += function(*(column[start : start + batch_size] for column in columns))
@@ -457,12 +466,12 @@ def load_samples(file, record):
     for key, value in record.items():
         before = saved["record"].get(key)
         if key not in MAY_CHANGE and before != value:
-            raise UserError(f"{file} is of {key} {before}, not {value}: pass another --output-dir")
+            raise UserError(f"{file} has {key} {before}, not {value}: pass another --output-dir")
     return saved["values"]
 
 
 def limit_numbers(values):
-    """What limit.json says of the samples: means, the curve by rising KL, and best-of-n."""
+    """The contents of limit.json: means, the curve by increasing KL, and best-of-n."""
     B, N = values["reward"].shape
     spread = values["reward"].std(1).mean().item() or 1.0
     temperatures = (spread * np.logspace(2, -2, 121)).tolist()
@@ -496,7 +505,7 @@ def main(args):
     if not reward_name:
         raise UserError(
             f"no reward for --model {args.model} --dataset {args.dataset}: run sft.py and "
-            f"reward_model.py with them, or pass --reward-model or --reward-fn"
+            f"reward_model.py for them, or pass --reward-model or --reward-fn"
         )
     record = {"script": SCRIPT, "policy": policy_name, "reward": reward_name, **asdict(args)}
     print(
@@ -536,7 +545,7 @@ def main(args):
         for name, again in draw(0).items():
             error = (again - values[name][:, :ROUND]).abs().median()
             if error > 0.05 * values[name].std():
-                raise UserError(f"{file} is of another model or reward")
+                raise UserError(f"{file} has another model or reward: pass another --output-dir")
     rounds = range(done // ROUND, math.ceil(args.num_samples / ROUND))
     for number in tqdm(rounds, f"after {done} samples", unit="round"):
         for name, new in draw(number).items():

@@ -1,7 +1,7 @@
 """P3O-V2: Pairwise Proximal Policy Optimization with joint clipping (Wu et al. 2023, 2310.00212).
 
 Sample several responses to a prompt, score them, and raise the log-probability of the better ones
-relative to the worse ones, in proportion to the differences of their rewards. Adding a constant to
+relative to the worse ones, in proportion to the difference in their rewards. Adding a constant to
 all rewards of a prompt changes nothing, so no value function is needed.
 
     maximise   E[ r(x, y) ] − β KL(π_θ ‖ π_ref)             x ~ prompts, y ~ π_θ(·|x)
@@ -9,18 +9,18 @@ all rewards of a prompt changes nothing, so no value function is needed.
 π_old is the policy at the start of an update, which samples all responses of the update; π(y) is
 short for π(y|x), and sg[...] stops the gradient. For two of the responses, y_1 and y_2, minimise L:
 
-    r_i = (score_i − mean over the prompt) / s, clipped     s: their running standard deviation
+    r_i = (score_i − mean over the prompt) / s              s: running std of these; |r_i| ≤ 10
     h_i = log π_θ(y_i) − log π_ref(y_i)                     log-ratio to the reference (SFT) policy
-    q   = sg[ (r_1 − r_2) − β (h_1 − h_2) ]                 less the KL penalty of the current π_θ
+    q   = sg[ (r_1 − r_2) − β (h_1 − h_2) ]                 with KL penalty: ∇KL = E[ h ∇log π_θ ]
     ρ_i = π_θ(y_i) / π_old(y_i)                             sequence-level importance ratio
-    w   = sg[ clip(ρ_1 ρ_2, 1/R, R) ]                       importance weight, as π_old samples
+    w   = sg[ clip(ρ_1 ρ_2, 1/R, R) ]                       importance weight, since y_i ~ π_old
     Δ   = log ρ_1 − log ρ_2
     L   = ½ E max( −q w Δ, −q w clip(Δ, −ε, ε) )
 
-Where neither clip is active the gradient is −½ E[ q w ∇(log π_θ(y_1) − log π_θ(y_2)) ]: REINFORCE
-with the other response as the baseline. V2 clips the pair jointly, V1 (p3o_v1.py) each ρ_i alone.
-The paper has --num-responses 2 --prompts-per-update 64 --minibatch-size 4 --beta 0.05. Here the
-loss is the mean over all K(K−1)/2 pairs of the K responses to a prompt.
+The clip stops the gradient of a pair once Δ has moved by ε in the direction of q. Until then it is
+−½ E[ q w ∇(log π_θ(y_1) − log π_θ(y_2)) ]: REINFORCE with the other response as the baseline. V2
+clips the pair jointly, V1 (p3o_v1.py) each ρ_i alone. Here the loss is the mean over all K(K−1)/2
+pairs; the authors use --num-responses 2 --prompts-per-update 64 --minibatch-size 4 --beta 0.05.
 Dividing by s is not in the paper. It lets one β suit any reward.
 
     python p3o_v2.py                                       # built-in tiny world, 2 minutes on a CPU
@@ -28,10 +28,9 @@ Dividing by s is not in the paper. It lets one β suit any reward.
     python p3o_v2.py --model DIR --dataset DATA.jsonl --reward-fn reward.py:score
     accelerate launch --num_processes 8 p3o_v2.py --model pythia-1b
 
-Shapes: B prompts (the variable B in main counts those of all processes, tensors hold those of one),
-K responses to each, T response tokens, V vocabulary, D hidden size. A prompt or a response is a 1-D
-tensor of token ids without padding; `responses` is a list of B lists of K responses. `logprobs` are
-per token, `logps` their sums over a response.
+Shapes: B prompts of one process, K responses to each, T response tokens, V vocabulary, D hidden
+size. A prompt or a response is a 1-D tensor of token ids without padding; `responses` is a list of
+B lists of K responses. `logprobs` are per token, `logps` are their sums over a response.
 """
 
 import json
@@ -73,7 +72,7 @@ def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_
     ratio_bound: R, importance weights are kept in [1/R, R]
     Returns the scalar loss and a dict of detached scalars.
     """
-    i, j = torch.combinations(torch.arange(logps.shape[1])).T  # P pairs
+    i, j = torch.combinations(torch.arange(logps.shape[1])).T  # P = K(K−1)/2 pairs, i < j
 
     def difference(x):  # [B, K] -> [B, P]
         return x[:, i] - x[:, j]
@@ -87,13 +86,13 @@ def pairwise_loss(logps, old_logps, ref_logps, rewards, beta, clip_range, ratio_
     clipped = -q * w * delta.clamp(-clip_range, clip_range) if clip_range else unclipped
     losses = torch.maximum(unclipped, clipped)
     loss = losses.mean() / 2
-    ratio = logratio.detach().clamp(max=20).exp()  # finite in the metrics
+    ratio = logratio.detach().clamp(max=20).exp()  # for the metrics, without overflow
     metrics = {
         "policy/loss": loss.detach(),
         "policy/clipfrac": (losses > unclipped).double().mean(),
         "policy/ratio_mean": ratio.mean(),
-        "policy/ratio_max": ratio.max(),  # of a micro-batch; the log has the mean of these
-        "policy/approx_kl": (ratio - 1 - logratio.detach()).mean(),
+        "policy/ratio_max": ratio.max(),  # of a micro-batch; logged is their mean
+        "policy/approx_kl": (ratio - 1 - logratio.detach()).mean(),  # KL(π_old ‖ π_θ)
         "policy/pair_weight_std": (q * w).square().mean().sqrt() / 2,  # ½ q w multiplies ∇Δ
     }
     return loss, metrics
@@ -109,37 +108,37 @@ class Args:
     save_every: int = 20  # updates between checkpoints (0: only at the end)
     eval_every: int = 20  # updates between evaluations (0: only before and after training)
     eval_prompts: int = 256  # held-out prompts to evaluate on
-    track: bool = False  # log to Weights & Biases, too
+    track: bool = False  # also log to Weights & Biases
     # Models and data
-    model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder; see find_model
-    reward_model: str = ""  # hub id or folder (empty: the local run of reward_model.py, or public)
-    reward_fn: str = ""  # FILE.py:FUNCTION of prompts and responses, instead of a model
-    gold_fn: str = ""  # FILE.py:FUNCTION, a known true reward that is only evaluated
-    dataset: str = ""  # tiny, hh, tldr, a hub id, a file or a folder (empty: tiny or tldr)
+    model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder
+    reward_model: str = ""  # hub id or folder (empty: run of reward_model.py, else a public one)
+    reward_fn: str = ""  # FILE.py:FUNCTION that scores prompts and responses, instead of a model
+    gold_fn: str = ""  # FILE.py:FUNCTION, the true reward if known; logged, never trained on
+    dataset: str = ""  # tiny, hh, tldr, hub id, file or folder (empty: tiny for tiny, else tldr)
     max_prompt_tokens: int = 512  # longer prompts are dropped
     max_response_tokens: int = 128  # longer responses are cut
     # Sizes, over all processes unless noted
-    num_updates: int = 0  # updates (0: online 1000, or 60 for tiny; others all data)
-    prompts_per_update: int = 32  # prompts per update
+    num_updates: int = 0  # updates (0: online scripts 1000, tiny 60; others by --data-epochs)
+    prompts_per_update: int = 32  # prompts to sample responses to in an update
     num_responses: int = 4  # responses per prompt, K
     num_epochs: int = 4  # passes over the responses of an update
-    minibatch_size: int = 8  # prompts per optimizer step
+    minibatch_size: int = 8  # prompts (offline: examples) per optimizer step
     micro_batch_size: int = 8  # prompts per forward pass of one process
-    sample_batch_size: int = 64  # prompts sampled at a time by one process
+    sample_batch_size: int = 64  # prompts per sampling batch of one process
     # Optimisation
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: by device)
-    unfrozen_layers: int = 0  # train only the last N layers and an untied head (0: everything)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls (auto: bfloat16 on a GPU)
+    unfrozen_layers: int = 0  # train only the last N layers, and the head if untied (0: all)
     gradient_checkpointing: bool = False  # less memory, more compute
-    learning_rate: float = 0.0  # of AdamW (0: 1e-6, sft and reward_model 1e-5, more for tiny)
-    weight_decay: float = 1e-6  # of AdamW
-    adam_betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
+    learning_rate: float = 0.0  # AdamW learning rate (0: 1e-6; sft, reward_model 1e-5; tiny more)
+    weight_decay: float = 1e-6  # AdamW weight decay
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # AdamW betas
+    max_grad_norm: float = 1.0  # largest gradient norm (0: no clipping)
     # Algorithm
-    temperature: float = 1.0  # of the policy, in sampling and in log-probabilities
+    temperature: float = 1.0  # divides the policy's logits, in sampling and in logprobs
     missing_eos_penalty: float = 0.0  # subtracted from the score of a response without an end token
     beta: float = 0.2  # coefficient of the KL penalty, β
-    clip_range: float = 0.2  # ε (0: no clipping)
-    ratio_bound: float = 10.0  # R ≥ 1, importance weights are kept in [1/R, R]
+    clip_range: float = 0.2  # clipping range of importance ratios, ε (0: no clipping)
+    ratio_bound: float = 10.0  # importance weights are clipped to [1/R, R]; R ≥ 1
 
 
 SCRIPT = Path(__file__).stem
@@ -170,13 +169,203 @@ class UserError(Exception):
     """A mistake in the arguments or the data, reported in one sentence without a traceback."""
 
 
+# ----------------------------------------------------------------- sampling and log-probabilities
+def head_logits(model, hidden, temperature):
+    """Logits [..., V] of hidden states [..., D], in float32 even under autocast."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = model.get_output_embeddings()(hidden.float())
+        return logits / temperature if temperature != 1 else logits
+
+
+def sample_responses(model, prompts, noise, temperature, end_ids):
+    """Sample K responses to each of B prompts from the full distribution (no top-k or top-p).
+
+    This replaces `generate`: it reads a prompt once for its K responses, drops finished responses
+    from the batch, and records their log-probabilities, which are needed anyway.
+
+    noise: [B, K, T] uniform numbers; a response depends on its own T, not on the rest of the batch
+    Returns B tuples: the K responses, up to and including an end token, and their logprobs [K, T].
+    """
+    device = model.device
+    B, K, T = noise.shape
+    noise = noise.reshape(B * K, T).to(device)
+    ends = torch.tensor(end_ids, device=device)
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    mask = pad([torch.ones_like(prompt) for prompt in prompts]).to(device)
+    cache = DynamicCache(config=model.config)
+
+    def next_logits(input_ids, mask):
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        output = model.base_model(
+            input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache
+        )
+        return head_logits(model, output.last_hidden_state[:, -1], temperature)
+
+    logits = next_logits(pad(prompts).to(device), mask).repeat_interleave(K, 0)  # [B·K, V]
+    mask = mask.repeat_interleave(K, 0)
+    cache.batch_repeat_interleave(K)
+
+    tokens = torch.full((B * K, T), -1, device=device)
+    logprobs = torch.zeros(B * K, T, device=device)
+    rows = torch.arange(B * K, device=device)  # of the responses that have not ended
+    for t in range(T):
+        probs = logits.softmax(-1)  # [rows, V]
+        # Inverse transform sampling, in float64 so that rare tokens keep their probability.
+        cdf = probs.double().cumsum(-1)
+        token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:])  # [rows, 1]
+        tokens[rows, t] = token[:, 0]
+        logprobs[rows, t] = probs.gather(1, token)[:, 0].log()
+        active = (~torch.isin(token[:, 0], ends)).nonzero()[:, 0]
+        if len(active) < len(rows):
+            rows, token, mask = rows[active], token[active], mask[active]
+            cache.batch_select_indices(active)
+        if len(rows) == 0 or t == T - 1:
+            break
+        mask = F.pad(mask, (0, 1), value=1)
+        logits = next_logits(token, mask)
+    responses = [[y[y >= 0] for y in group] for group in tokens.view(B, K, T).cpu()]
+    return list(zip(responses, logprobs.view(B, K, T)))
+
+
+def response_hidden(model, prompts, responses):
+    """Last hidden states of responses: B·K tensors [T + 1, D].
+
+    State t predicts token t of the response; the last state is that of its last token. The K
+    responses to a prompt share one row, so that the prompt is read once. The prompt's last token z
+    predicts the first token of a response, so each response starts with a copy of z. A response
+    sees the prompt and itself, and its positions continue those of the prompt:
+
+        row        x x z a a z b b
+        segment    0 0 1 1 1 2 2 2
+        position   0 1 2 3 4 2 3 4
+    """
+    rows, segments, positions, sizes = [], [], [], []
+    for x, group in zip(prompts, responses):
+        parts = [x[:-1]] + [torch.cat([x[-1:], y]) for y in group]
+        size = [len(part) for part in parts]
+        position = torch.cat([torch.arange(n) for n in size])
+        position[size[0] :] += size[0]
+        rows.append(torch.cat(parts))
+        segments.append(torch.repeat_interleave(torch.tensor(size)))
+        positions.append(position)
+        sizes.append(size)
+    pad = partial(pad_sequence, batch_first=True)
+    segment = pad(segments).to(model.device)  # [B, L]
+    # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
+    # so only padding sees it.
+    mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
+    output = model.base_model(
+        pad(rows).to(model.device),
+        attention_mask=mask.tril()[:, None],  # [B, 1, query, key]
+        position_ids=pad(positions).to(model.device),
+        use_cache=False,
+    )
+    hidden = []
+    for states, size in zip(output.last_hidden_state, sizes):
+        hidden += states[: sum(size)].split(size)[1:]
+    return hidden
+
+
+def response_logps(model, prompts, responses, temperature):
+    """log π(y | x) of each response, the sum over its tokens: [B, K] float64."""
+    hidden = response_hidden(model, prompts, responses)
+    hidden = torch.cat([states[:-1] for states in hidden])  # [tokens, D]
+    targets = [y for group in responses for y in group]
+
+    def token_logprobs(hidden, targets):
+        return -F.cross_entropy(head_logits(model, hidden, temperature), targets, reduction="none")
+
+    # Logits of 128 tokens at a time fit a CPU's cache. Those of many tokens are recomputed in
+    # the backward pass, so that a tensor [B, K, T, V] never exists.
+    if len(hidden) > 1024:
+        token_logprobs = partial(checkpoint, token_logprobs, use_reentrant=False)
+    parts = map(token_logprobs, hidden.split(128), torch.cat(targets).to(hidden.device).split(128))
+    logprobs = torch.cat(list(parts)).split([len(y) for y in targets])
+    return torch.stack([row.double().sum() for row in logprobs]).view(len(prompts), -1)
+
+
+def response_kl(policy, reference, prompts, responses, temperature):
+    """KL(π_θ ‖ π_ref) over the whole vocabulary, summed over the tokens of a response: [B, K]."""
+    kls = []
+    hidden = response_hidden(policy, prompts, responses)
+    ref_hidden = response_hidden(reference, prompts, responses)
+    for states, ref_states in zip(hidden, ref_hidden):
+        logp = head_logits(policy, states[:-1], temperature).log_softmax(-1)  # [T, V]
+        ref_logp = head_logits(reference, ref_states[:-1], temperature).log_softmax(-1)
+        kls.append(F.kl_div(ref_logp, logp, reduction="sum", log_target=True))
+    return torch.stack(kls).double().view(len(prompts), -1)
+
+
+def response_scores(reward_model, prompts, responses):
+    """Reward model scores at the last token of each response: [B, K] float32."""
+    hidden = response_hidden(reward_model, prompts, responses)
+    last = torch.stack([states[-1] for states in hidden]).float()  # [B·K, D]
+    with torch.autocast(last.device.type, enabled=False):
+        return reward_model.score(last).view(len(prompts), -1)
+
+
+def in_batches(function, *columns, batch_size):
+    """Apply a function to slices of rows, and join the results: a list, or one stacked tensor."""
+    results = []
+    for start in range(0, len(columns[0]), batch_size):
+        results += function(*(column[start : start + batch_size] for column in columns))
+    return torch.stack(results) if torch.is_tensor(results[0]) else results
+
+
+def lengths_and_ends(responses, end_ids, device):
+    """Lengths of responses in tokens, and whether they end with an end token: [2, B, K] float64."""
+    lengths = [[len(y) for y in group] for group in responses]
+    ended = [[y[-1] in end_ids for y in group] for group in responses]
+    return torch.tensor([lengths, ended]).to(device).double()
+
+
+def check_agreement(logps, sampled_logps, args):
+    """The largest difference in nats between log π(y|x) in training and in sampling, both [B, K].
+
+    Raises UserError if they cannot come from the same policy. Rounding errors grow like √T.
+    """
+    error = (logps - sampled_logps).abs().max().item()
+    per_token = 0.2 if args.dtype == "bfloat16" else 0.05
+    if not error < per_token * args.max_response_tokens**0.5:
+        raise UserError(
+            f"--model {args.model}: logprobs in sampling and training differ by {error:.2g} nats; "
+            f"sliding windows, ALiBi and recurrence are not supported"
+        )
+    return error
+
+
+def clip_gradients(accelerator, model, max_norm):
+    """Average the gradients over the processes and clip them. Returns the norm before clipping."""
+    for weight in model.parameters():
+        if accelerator.num_processes > 1 and weight.grad is not None:
+            weight.grad = accelerator.reduce(weight.grad, "mean")
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or torch.inf)
+    if not norm.isfinite():
+        raise UserError(f"the gradient norm is {norm}: try a lower --learning-rate")
+    return norm
+
+
+def seeded(*purpose):
+    """A generator seeded by its purpose, so that no random state has to be saved."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(purpose).encode()))
+
+
+def shuffled(n, total, seed):
+    """`total` row numbers: pass after pass over n rows, each pass in a new order."""
+    generator = seeded(seed, "order")
+    passes = [torch.randperm(n, generator=generator) for _ in range(total // n + 1)]
+    return torch.cat(passes)[:total]
+
+
 # ------------------------------------------------------------------------------ models and data
 def check_numbers(args):
     """Raises UserError for a negative number, or a zero where it makes no sense."""
     for name, value in vars(args).items():
         lowest = 0 if name in MAY_BE_ZERO else 1e-9  # anything positive
         if type(value) in (int, float) and not value >= lowest:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small")
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} must be {'above' if lowest else 'at least'} 0"
+            )
 
 
 def stage_folder(script, args):
@@ -212,21 +401,25 @@ def load_model(auto_class, name, device, args, trainable=False):
     except Exception as error:  # the libraries raise many kinds
         raise UserError(f"model {name}: {error}") from error
     if info["missing_keys"]:
-        raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
-    # head_logits applies the head alone, so scaled or capped logits would be wrong.
-    head = model.to(device).get_output_embeddings()
-    x = torch.arange(3, device=device)  # any tokens: a prompt of one, two equal responses of two
+        raise UserError(
+            f"{name} is not a complete {auto_class.__name__}: no {sorted(info['missing_keys'])}"
+        )
+    # response_hidden and head_logits must give the model's own logits. They would not for scaled
+    # logits, or if the second of two equal responses (any tokens) could see the first.
+    head = model.get_output_embeddings()
+    x = torch.arange(3)
     with torch.no_grad():
         _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
         if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
-            raise UserError(f"{name} scales its logits, or has alibi or recurrence: not supported")
-    set_up_model(model, args, trainable)
+            raise UserError(f"{name} is not supported: scaled logits, ALiBi or recurrence")
+    set_up_model(model.to(device), args, trainable)
     return model
 
 
 def set_up_model(model, args, trainable):
     """Turn dropout off, choose the weights to train, and round the others to --dtype."""
     model.eval().requires_grad_(trainable)
+    # The first ModuleList holds the transformer's layers.
     layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     if trainable and args.unfrozen_layers:
         model.base_model.requires_grad_(False)
@@ -256,7 +449,7 @@ def load_splits(args):
     """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
-        file = Path(path).absolute()  # load_dataset cannot read a file of "."
+        file = Path(path).absolute()  # load_dataset cannot read a file in "."
         if file.is_file():
             splits = datasets.load_dataset(str(file.parent), data_files=file.name)
         else:
@@ -267,12 +460,14 @@ def load_splits(args):
         raise UserError(f"--dataset {path}: {error.__cause__ or error!r}") from error
     test = {"test", "validation", "valid"} & set(splits)
     if "train" not in splits or not test:
-        raise UserError(f"--dataset {path} has the splits {list(splits)}: run prepare_data.py")
-    return splits[min(test)], splits["train"]
+        raise UserError(
+            f"--dataset {path} has splits {list(splits)}, not train and test: run prepare_data.py"
+        )
+    return splits[min(test)], splits["train"]  # test comes before valid and validation
 
 
 def encode_prompts(tokenizer, texts):
-    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to any text."""
+    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to every text."""
     adds_end = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
     ids = tokenizer(texts).input_ids if texts else []
     return [torch.tensor(row[:-1] if adds_end else row) for row in ids]
@@ -290,7 +485,7 @@ def load_prompts(tokenizer, longest, args):
         texts = split[column] if column in split.column_names else [None]  # fails the check below
         if not all(isinstance(text, str) for text in texts):
             raise UserError(
-                f"--dataset {args.dataset} has no text in {column}: run prepare_data.py"
+                f"--dataset {args.dataset} has no text in prompt or chosen: run prepare_data.py"
             )
         if column == "chosen":
             texts = ["".join(text.rpartition("\n\nAssistant:")[:2]) for text in texts]
@@ -302,10 +497,10 @@ def load_prompts(tokenizer, longest, args):
         ids = encode_prompts(tokenizer, texts)
         kept = [row for row in ids if 0 < len(row) <= longest]
         PartialState().print(
-            f"{name:13} {len(kept)} prompts. Dropped of {len(split)} rows: "
-            f"{len(split) - len(unique)} with the prompt of another, "
+            f"{name:13} {len(kept)} prompts. Dropped from {len(split)} rows: "
+            f"{len(split) - len(unique)} duplicate prompts, "
             f"{len(unique) - len(texts)} empty, held out or news articles, "
-            f"{len(ids) - len(kept)} of more than {longest} tokens"
+            f"{len(ids) - len(kept)} longer than {longest} tokens"
         )
         if not kept:
             raise UserError(f"--dataset {args.dataset} has no {name} prompts that can be used")
@@ -370,192 +565,6 @@ def load_rewards(reward_name, tokenizer, device, args):
     return functions
 
 
-# ----------------------------------------------------------------- sampling and log-probabilities
-def head_logits(model, hidden, temperature):
-    """Logits [..., V] of hidden states [..., D], in float32 also under autocast."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = model.get_output_embeddings()(hidden.float())
-        return logits / temperature if temperature != 1 else logits
-
-
-def sample_responses(model, prompts, noise, temperature, end_ids):
-    """Sample K responses to each of B prompts from the whole distribution (no top-k or top-p).
-
-    This replaces `generate`: it reads a prompt once for its K responses, drops responses that have
-    ended from the batch, and records their log-probabilities, which are needed anyway.
-
-    noise: [B, K, T] uniform numbers; a response depends on its own T, not on the rest of the batch
-    Returns B tuples: the K responses, up to and including an end token, and their logprobs [K, T].
-    """
-    device = model.device
-    B, K, T = noise.shape
-    noise = noise.reshape(B * K, T).to(device)
-    ends = torch.tensor(end_ids, device=device)
-    pad = partial(pad_sequence, batch_first=True, padding_side="left")
-    mask = pad([torch.ones_like(prompt) for prompt in prompts]).to(device)
-    cache = DynamicCache(config=model.config)
-
-    def next_logits(input_ids, mask):
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        output = model.base_model(
-            input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache
-        )
-        return head_logits(model, output.last_hidden_state[:, -1], temperature)
-
-    logits = next_logits(pad(prompts).to(device), mask).repeat_interleave(K, 0)  # [B·K, V]
-    mask = mask.repeat_interleave(K, 0)
-    cache.batch_repeat_interleave(K)
-
-    tokens = torch.full((B * K, T), -1, device=device)
-    logprobs = torch.zeros(B * K, T, device=device)
-    rows = torch.arange(B * K, device=device)  # of the responses that have not ended
-    for t in range(T):
-        probs = logits.softmax(-1)  # [rows, V]
-        # Inverse transform sampling, in float64 so that rare tokens keep their share.
-        cdf = probs.double().cumsum(-1)
-        token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:])  # [rows, 1]
-        tokens[rows, t] = token[:, 0]
-        logprobs[rows, t] = probs.gather(1, token)[:, 0].log()
-        active = (~torch.isin(token[:, 0], ends)).nonzero()[:, 0]
-        if len(active) < len(rows):
-            rows, token, mask = rows[active], token[active], mask[active]
-            cache.batch_select_indices(active)
-        if len(rows) == 0 or t == T - 1:
-            break
-        mask = F.pad(mask, (0, 1), value=1)
-        logits = next_logits(token, mask)
-    responses = [[y[y >= 0] for y in group] for group in tokens.view(B, K, T).cpu()]
-    return list(zip(responses, logprobs.view(B, K, T)))
-
-
-def response_hidden(model, prompts, responses):
-    """Last hidden states of responses: B·K tensors [T + 1, D].
-
-    State t predicts token t of the response; the last state is that of its last token. The K
-    responses to a prompt share one row, so that the prompt is read once. The prompt's last token z
-    predicts the first token of a response, so each response starts with a copy of z. A response
-    sees the prompt and itself, and its positions continue those of the prompt:
-
-        row        x x z a a z b b
-        segment    0 0 1 1 1 2 2 2
-        position   0 1 2 3 4 2 3 4
-    """
-    rows, segments, positions, sizes = [], [], [], []
-    for x, group in zip(prompts, responses):
-        parts = [x[:-1]] + [torch.cat([x[-1:], y]) for y in group]
-        size = [len(part) for part in parts]
-        position = torch.cat([torch.arange(n) for n in size])
-        position[size[0] :] += size[0]
-        rows.append(torch.cat(parts))
-        segments.append(torch.repeat_interleave(torch.tensor(size)))
-        positions.append(position)
-        sizes.append(size)
-    pad = partial(pad_sequence, batch_first=True)
-    segment = pad(segments).to(model.device)  # [B, L]
-    # A query sees earlier keys of the prompt and of its own response. Padding comes last.
-    mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
-    output = model.base_model(
-        pad(rows).to(model.device),
-        attention_mask=mask.tril()[:, None],  # [B, 1, query, key]
-        position_ids=pad(positions).to(model.device),
-        use_cache=False,
-    )
-    hidden = []
-    for states, size in zip(output.last_hidden_state, sizes):
-        hidden += states[: sum(size)].split(size)[1:]
-    return hidden
-
-
-def response_logps(model, prompts, responses, temperature):
-    """log π(y | x) of each response, the sum over its tokens: [B, K] float64."""
-    hidden = response_hidden(model, prompts, responses)
-    hidden = torch.cat([states[:-1] for states in hidden])  # [tokens, D]
-    targets = [y for group in responses for y in group]
-
-    def token_logprobs(hidden, targets):
-        return -F.cross_entropy(head_logits(model, hidden, temperature), targets, reduction="none")
-
-    # Logits of 128 tokens at a time fit a CPU's cache. Those of many tokens are made again in
-    # the backward pass, so that a tensor [B, K, T, V] never exists.
-    if len(hidden) > 1024:
-        token_logprobs = partial(checkpoint, token_logprobs, use_reentrant=False)
-    parts = map(token_logprobs, hidden.split(128), torch.cat(targets).to(hidden.device).split(128))
-    logprobs = torch.cat(list(parts)).split([len(y) for y in targets])
-    return torch.stack([row.double().sum() for row in logprobs]).view(len(prompts), -1)
-
-
-def response_kl(policy, reference, prompts, responses, temperature):
-    """KL(π_θ ‖ π_ref) over the whole vocabulary, summed over the tokens of a response: [B, K]."""
-    kls = []
-    hidden = response_hidden(policy, prompts, responses)
-    ref_hidden = response_hidden(reference, prompts, responses)
-    for states, ref_states in zip(hidden, ref_hidden):
-        logp = head_logits(policy, states[:-1], temperature).log_softmax(-1)  # [T, V]
-        ref_logp = head_logits(reference, ref_states[:-1], temperature).log_softmax(-1)
-        kls.append(F.kl_div(ref_logp, logp, reduction="sum", log_target=True))
-    return torch.stack(kls).double().view(len(prompts), -1)
-
-
-def response_scores(reward_model, prompts, responses):
-    """Reward model scores at the last token of each response: [B, K] float32."""
-    hidden = response_hidden(reward_model, prompts, responses)
-    last = torch.stack([states[-1] for states in hidden]).float()  # [B·K, D]
-    with torch.autocast(last.device.type, enabled=False):
-        return reward_model.score(last).view(len(prompts), -1)
-
-
-def in_batches(function, *columns, batch_size):
-    """Apply a function to slices of rows, and join the B results (as a tensor of tensors)."""
-    results = []
-    for start in range(0, len(columns[0]), batch_size):
-        results += function(*(column[start : start + batch_size] for column in columns))
-    return torch.stack(results) if torch.is_tensor(results[0]) else results
-
-
-def lengths_and_ends(responses, end_ids, device):
-    """Lengths of responses in tokens, and whether they end with an end token: [2, B, K] float64."""
-    lengths = [[len(y) for y in group] for group in responses]
-    ended = [[y[-1] in end_ids for y in group] for group in responses]
-    return torch.tensor([lengths, ended]).to(device).double()
-
-
-def check_agreement(logps, sampled_logps, args):
-    """The largest difference in nats between log π(y|x) in training and in sampling, both [B, K].
-
-    Raises UserError if they cannot be of one policy.
-    """
-    error = (logps - sampled_logps).abs().max().item()
-    if not error < (2 if args.dtype == "bfloat16" else 0.5):
-        raise UserError(
-            f"--model {args.model}: sampling and training differ by {error:.2g} nats; windows, "
-            f"alibi and recurrence are unsupported"
-        )
-    return error
-
-
-def clip_gradients(accelerator, model, max_norm):
-    """Average the gradients over the processes and clip them. Returns the norm before clipping."""
-    for weight in model.parameters():
-        if accelerator.num_processes > 1 and weight.grad is not None:
-            weight.grad = accelerator.reduce(weight.grad, "mean")
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or torch.inf)
-    if not norm.isfinite():
-        raise UserError(f"the gradient norm is {norm}: try a lower --learning-rate")
-    return norm
-
-
-def seeded(*purpose):
-    """A generator seeded by its purpose, so that no random state has to be saved."""
-    return torch.Generator().manual_seed(zlib.crc32(repr(purpose).encode()))
-
-
-def shuffled(n, total, seed):
-    """`total` row numbers: pass after pass over n rows, each pass in a new order."""
-    generator = seeded(seed, "order")
-    passes = [torch.randperm(n, generator=generator) for _ in range(total // n + 1)]
-    return torch.cat(passes)[:total]
-
-
 # ------------------------------------------------------------------------------------ run folder
 def find_checkpoint(folder, record, args):
     """The checkpoint to resume from, or None to start from scratch. Writes nothing.
@@ -572,12 +581,14 @@ def find_checkpoint(folder, record, args):
         raise UserError(f"{folder} holds a run: pass --resume, --overwrite or --output-dir")
     for key, value in json.loads(json.dumps(record)).items():  # tuples become lists
         if key not in MAY_CHANGE and saved.get(key) != value:
-            raise UserError(f"{folder} is a run with {key} {saved.get(key)}, not {value}")
+            raise UserError(
+                f"{folder} has a run with {key} {saved.get(key)}, not {value}: change --output-dir"
+            )
     return max(folder.glob(f"{CHECKPOINT}.pt"), default=None)
 
 
 def start_run(accelerator, folder, record, state, args):
-    """Open the run folder: remove an earlier run, or cut its logs to those of the checkpoint."""
+    """Open the run folder: remove an earlier run, or truncate its logs to the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     if "log_sizes" in state:
         for name, size in state["log_sizes"].items():
@@ -592,7 +603,7 @@ def start_run(accelerator, folder, record, state, args):
         import wandb  # optional
 
         wandb.init(project="p3o", name=str(folder), config=record, sync_tensorboard=True)
-    # What was logged after the checkpoint is dropped.
+    # Drop what was logged after the checkpoint.
     accelerator.init_trackers(
         folder.name, init_kwargs={"tensorboard": {"purge_step": state["update"] + 1}}
     )
@@ -616,15 +627,17 @@ def save_checkpoint(folder, model, optimizer, state):
 
 def log(accelerator, file, update, values, prefix=""):
     """Append a line to a .jsonl file of the run, and add the values to TensorBoard."""
-    values = {key: float(value) for key, value in values.items()}
+    values = {key: float(values[key]) for key in values}
     if accelerator.is_main_process:
         with open(file, "a") as stream:
             stream.write(json.dumps({"step": update, **values}) + "\n")
-    accelerator.log({prefix + key: value for key, value in values.items()}, step=update)
+    # Standard errors would hide the means in TensorBoard.
+    shown = {prefix + key: values[key] for key in values if not key.endswith("_se")}
+    accelerator.log(shown, step=update)
 
 
 def log_evaluation(accelerator, folder, update, values, samples):
-    """Log and print means and standard errors over held-out prompts, and samples.
+    """Log means, standard errors and samples over held-out prompts; print the means and a sample.
 
     values: {name: [n, 1]} and samples: n dicts, of the prompts of this process
     """
@@ -659,11 +672,12 @@ def main(args):
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
     check_numbers(args)
-    B, K, T = args.prompts_per_update, args.num_responses, args.max_response_tokens
-    if K < 2 or B % args.minibatch_size or args.minibatch_size % world:
+    K, T = args.num_responses, args.max_response_tokens
+    if K < 2 or args.prompts_per_update % args.minibatch_size or args.minibatch_size % world:
         raise UserError(
-            f"--num-responses {K} must be at least 2, --prompts-per-update {B} a multiple of "
-            f"--minibatch-size {args.minibatch_size}, and that a multiple of {world} processes"
+            f"--num-responses {K} must be at least 2, --prompts-per-update "
+            f"{args.prompts_per_update} a multiple of --minibatch-size {args.minibatch_size}, and "
+            f"that a multiple of the {world} processes"
         )
 
     # Run folder
@@ -672,7 +686,7 @@ def main(args):
     if not reward_name:
         raise UserError(
             f"no reward for --model {args.model} --dataset {args.dataset}: run sft.py and "
-            f"reward_model.py with them, or pass --reward-model or --reward-fn"
+            f"reward_model.py for them, or pass --reward-model or --reward-fn"
         )
     record = {"script": SCRIPT, "policy": policy_name, "reward": reward_name, **asdict(args)}
     saved = find_checkpoint(folder, record, args)
@@ -696,7 +710,7 @@ def main(args):
     eval_size = min(args.eval_prompts, len(eval_prompts)) // world * world
     eval_prompts = sorted(eval_prompts[:eval_size], key=len)[rank::world]
 
-    # Optimizer, and where to start
+    # Optimizer and checkpoint
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         args.learning_rate,
@@ -711,13 +725,13 @@ def main(args):
             raise UserError(f"--dataset {args.dataset} has changed since {saved}")
         policy.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
-    accelerator.wait_for_everyone()  # all have read the folder, which changes now
+    accelerator.wait_for_everyone()  # all have read the folder, before it changes
     if is_main:
         start_run(accelerator, folder, record, state, args)
 
     def sample(model, prompts, k, *purpose):
         """k responses to each prompt, and their log π(y|x), [B, k] float64."""
-        generator = seeded(args.seed, *purpose)
+        generator = seeded(args.seed, *purpose)  # numbers for all processes, the same in each
         noise = torch.rand(len(prompts) * world, k, T, dtype=torch.float64, generator=generator)
         sampler = partial(sample_responses, model, temperature=args.temperature, end_ids=end_ids)
         rows = in_batches(sampler, prompts, noise[rank::world], batch_size=args.sample_batch_size)
@@ -730,7 +744,7 @@ def main(args):
         return in_batches(function, prompts, responses, batch_size=args.micro_batch_size)
 
     autocast = partial(torch.autocast, device.type, torch.bfloat16, args.dtype == "bfloat16")
-    with torch.no_grad(), autocast():  # same noise as in evaluate: only policies differ
+    with torch.no_grad(), autocast():  # the same random numbers as in evaluate
         sft_responses, _ = sample(reference, eval_prompts, 1, "eval")
         sft_rewards = reward_fns["reward"](eval_prompts, sft_responses)
         sft_samples = decode_texts(tokenizer, eval_prompts, sft_responses)
@@ -755,8 +769,9 @@ def main(args):
 
     if not saved:
         evaluate(0)
-    batches = shuffled(len(prompts), args.num_updates * B, args.seed).split(B)
-    # A bar of the main process, on a terminal only
+    batches = shuffled(len(prompts), args.num_updates * args.prompts_per_update, args.seed)
+    batches = batches.split(args.prompts_per_update)
+    # A bar of the main process; None hides it where there is no terminal
     progress = tqdm(range(state["update"] + 1, args.num_updates + 1), disable=not is_main or None)
     for update in progress:
         start = time.perf_counter()
@@ -766,25 +781,26 @@ def main(args):
             batch = sorted([prompts[i] for i in batches[update - 1]], key=len)[rank::world]
             responses, sampled_logps = sample(policy, batch, K, "sample", update)
 
-            # 2. Score them. The mean over a prompt cancels in the loss; without it, scale and clamp
-            # depend on differences within a prompt alone.
+            # 2. Score them. Subtracting a prompt's mean cancels in the loss, but keeps scale and
+            # clamp from depending on how hard the prompts are.
             scores = reward_fns["reward"](batch, responses).to(device).double()  # [B, K]
             lengths, ended = lengths_and_ends(responses, end_ids, device)
             rewards = scores - args.missing_eos_penalty * (1 - ended)
-            rewards = rewards.float().double()  # rounded: the mean of equal ones is exact
+            rewards = rewards.float().double()  # so that equal rewards become exactly 0 below
             rewards = rewards - rewards.mean(1, keepdim=True)
             state["square_sum"] += accelerator.reduce(rewards.square().sum()).item()
-            state["count"] += B * (K - 1)  # degrees of freedom
+            state["count"] += args.prompts_per_update * (K - 1)  # degrees of freedom
             scale = (state["square_sum"] / state["count"]) ** 0.5 or 1.0
             rewards = (rewards / scale).clamp(-10, 10)
 
-            # 3. log π_ref, and log π_old: recorded while sampling, recomputed in bfloat16
+            # 3. log π_ref and log π_old. In bfloat16 sampling rounds differently, so what it
+            # recorded is computed again: ρ must start at 1.
             ref_logps = logps_of(reference, batch, responses)
             old_logps = sampled_logps
-            if args.dtype == "bfloat16":  # sampling rounds differently, but ρ must start at 1
+            if args.dtype == "bfloat16":
                 old_logps = logps_of(policy, batch, responses)
 
-        # 4. Several epochs of minibatches, in micro-batches of prompts of like length
+        # 4. Several epochs of minibatches, in micro-batches of prompts of similar length
         generator = seeded(args.seed, "minibatches", update)
         stats = []
         for _ in range(args.num_epochs):

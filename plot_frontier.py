@@ -1,21 +1,21 @@
-"""Draw reward over KL of any runs: a figure, a table and the numbers behind them.
+"""Plot reward against KL for any runs: a figure, a table and the numbers behind them.
 
 A run is its folder, or the frontier.jsonl in it. Its value at κ is the highest reward that it had
 while KL(π ‖ π_ref) ≤ κ, on straight lines between its evaluations, so no curve falls or turns back.
 
     value(κ) = max { reward of a point on the path : KL of the point ≤ κ }
 
-Runs that differ in the seed alone are one curve, their mean. Its band is a 95 % interval: over
-three runs or more by Student's t, else over the prompts of an evaluation. With --value gold the
-true reward of the same points is drawn; it falls where more of the learned reward does harm.
+Runs that differ only in the seed form one curve, their mean. Its band is a 95 % interval: Student's
+t over the runs if there are three or more, else over the prompts of an evaluation. --value gold
+plots the true reward of the same points. It falls where the policy exploits the reward model.
 
     python plot_frontier.py runs/p3o_v2/tiny/tiny runs/ppo/tiny/tiny
     python plot_frontier.py runs/*/tiny/tiny/frontier.jsonl --limit runs/limit/tiny/tiny/limit.json
 
-With the limit.json of limit.py the region that no policy reaches is shaded as far as the limit is
-trusted, and the table says what share of its gain over the reference each curve has. Beyond that,
-the limit is dotted and too low, so the true share is at most the one shown (≤). For gold, limit and
-best-of-n are the gold of the policies that have the highest reward.
+With the limit.json of limit.py, the figure shades the region that no policy can reach, as far as
+the limit is trusted. The table says what share of the limit's gain over the reference each curve
+has. Beyond that, the limit is dotted and too low, so the true share is at most the one shown (≤).
+For gold, limit and best-of-n show the gold of the policies with the highest reward.
 """
 
 import json
@@ -40,7 +40,7 @@ class Args:
     output: str = "runs/frontier.png"  # .png, .pdf or .svg; the numbers go beside it, as .json
     value: Literal["reward", "gold"] = "reward"  # what to draw; gold is the true reward
     kls: tuple[float, ...] = (1.0, 2.0, 4.0)  # KLs in the table, nats per response
-    title: str = ""  # of the figure (empty: the dataset)
+    title: str = ""  # title of the figure (empty: the dataset)
 
 
 SCRIPT = Path(__file__).stem
@@ -86,7 +86,7 @@ def read_run(name, value):
 
 
 def with_short_names(record):
-    """The record with the last two parts of its models' paths: the same may lie elsewhere."""
+    """The record with only the ends of model paths: the same model may be in another folder."""
     names = {key: "/".join(Path(record.get(key, "")).parts[-2:]) for key in ("policy", "reward")}
     return {**record, **names}
 
@@ -146,7 +146,7 @@ def read_limit(file, value):
         limit["curve"] = [start, *limit["curve"]]
         return with_short_names(limit)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{file} is no limit.json with {value}: {error!r}") from error
+        raise UserError(f"{file} is not a limit.json with {value}: {error!r}") from error
 
 
 def check_alike(records, keys):
@@ -154,7 +154,7 @@ def check_alike(records, keys):
     for key in keys:
         found = {str(record.get(key)) for record in records}
         if len(found) > 1:
-            raise UserError(f"these do not compare: {key} is {' or '.join(sorted(found))}")
+            raise UserError(f"runs cannot be compared: {key} is {' or '.join(sorted(found))}")
 
 
 # ----------------------------------------------------------------------------------------- figure
@@ -187,7 +187,7 @@ def draw_limit(axes, limit, value, largest):
 
 
 def draw(file, title, value, curves, limit):
-    """The figure. From the end of a curve a thin line leads to its label on the right."""
+    """Save the figure. A thin line leads from the end of each curve to its label on the right."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     largest = max(curve["path"][-1]["kl"] for curve in curves.values()) or 1.0
@@ -195,7 +195,7 @@ def draw(file, title, value, curves, limit):
     seen = Counter()
     for label, curve in curves.items():
         script = curve["script"]
-        other = f"C{zlib.crc32(script.encode()) % 10}"  # a script of one's own
+        other = f"C{zlib.crc32(script.encode()) % 10}"  # a script that STYLES does not know
         _, colour, marker = STYLES.get(script, (script, other, "*"))
         line = LINES[seen[script] % len(LINES)]
         seen[script] += 1
@@ -209,7 +209,7 @@ def draw(file, title, value, curves, limit):
         rows = [row for row in limit["curve"] if row["trusted"]]
         kl, heights = zip(*[(row["kl"], row["reward"]) for row in rows])
         axes.fill_between(kl, heights, top, color="0.92", linewidth=0)
-        axes.text(0.02, 0.96, "no policy gets here", color="0.4", transform=axes.transAxes)
+        axes.text(0.02, 0.96, "no policy can get here", color="0.4", transform=axes.transAxes)
     labels.sort(key=lambda label: label[1])
     places = spread([height for _, height, *_ in labels], (top - bottom) / 24)
     for (kl, height, text, colour, marker), place in zip(labels, places):
@@ -265,7 +265,7 @@ def add_shares(numbers, limit):
 
 def main(args):
     if not args.runs:
-        raise UserError("name runs: their folders, or the frontier.jsonl in them")
+        raise UserError("no runs: pass their folders, or the frontier.jsonl in them")
     file = Path(args.output)
     if file.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--output {file} must end in .png, .pdf or .svg")
@@ -289,7 +289,7 @@ def main(args):
                 cell += f", {mark}{found['share']:.0%}"
             cells.append(cell if found["reached"] else cell + " *")
         rows.append([label, str(len(numbers["seeds"])), *cells])
-    note = "± 95 % interval; * not all runs got that far"
+    note = "± 95 % interval; * not all runs reach this KL"
     if limit:
         note += "; % of the limit's gain over the reference, ≤ where the limit is too low"
         columns = [[row[key] for row in limit["curve"]] for key in ("kl", args.value)]

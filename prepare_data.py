@@ -1,4 +1,4 @@
-"""Convert a dataset of any common form to the JSON lines that the training scripts read.
+r"""Convert a dataset in any common format to the JSON Lines that the training scripts read.
 
     python prepare_data.py --dataset HuggingFaceH4/ultrafeedback_binarized \
         --split train_prefs,test_prefs --tokenizer Qwen/Qwen2.5-0.5B-Instruct --output-dir data/uf
@@ -16,14 +16,14 @@ dataset, and writes train.jsonl, test.jsonl and info.json. The columns may be
     system, tools                beside any of these: a system message, the tools of a dialogue
 
 Each is a text, or messages {"role", "content"} or {"from", "value"}. If any row has messages or a
-system prompt, the chat template of --tokenizer renders every row: the prompt ends with what makes
-the assistant speak, and a response is what the template adds to it. Otherwise texts stay as they
-are. With --tokenizer, the BOS that it adds itself and a final EOS are removed: the training scripts
-add both.
+system prompt, the chat template of --tokenizer renders every row: the prompt ends with the
+template's generation prompt, and a response is what follows it. Otherwise texts stay as they are.
+With --tokenizer, the BOS that it adds itself and a final EOS are removed: the training scripts add
+both.
 
-Rows that cannot be used are dropped and counted by reason. Prompts of the test split never stay in
-the train split. Without a test split, the hash of a prompt decides whether it is held out, so a
-prompt is held out of every dataset that has it.
+Rows that cannot be used are dropped and counted by reason. Prompts of the test split are removed
+from the train split. Without a test split, the hash of a prompt decides whether it is held out, so
+a prompt is held out of every dataset that has it.
 """
 
 import csv
@@ -69,15 +69,15 @@ class Args:
     dataset: str  # hub id, folder or file; hh is Anthropic/hh-rlhf, tldr is trl-lib/tldr-preference
     output_dir: str  # folder for train.jsonl, test.jsonl and info.json
     subset: str = ""  # configuration of a hub dataset
-    split: str = ""  # TRAIN or TRAIN,TEST (default: guessed); with TRAIN alone, a share is held out
+    split: str = ""  # TRAIN or TRAIN,TEST (empty: guessed); with TRAIN alone, a share is held out
     map: tuple[str, ...] = ()  # rename columns: prompt=question chosen=best ...
-    tokenizer: str = ""  # hub id or folder; without it, lengths are in characters
-    chat_template: str = ""  # file with a template for messages (default: the tokenizer's)
+    tokenizer: str = ""  # hub id or folder; needed for messages, and for lengths in tokens
+    chat_template: str = ""  # file with a template for messages (empty: the tokenizer's)
     held_out: float = 0.1  # share of the prompts to hold out if the dataset has no test split
     strict: bool = False  # stop at the first row that cannot be used instead of dropping it
     overwrite: bool = False  # replace the three files in the output folder
-    max_prompt_tokens: int = 512  # limit of the training run, for the table of lengths
-    max_response_tokens: int = 128  # limit of the training run, for the table of lengths
+    max_prompt_tokens: int = 512  # of the training run; the table says how many are longer
+    max_response_tokens: int = 128  # of the training run; the table says how many are longer
 
 
 class UserError(Exception):
@@ -101,7 +101,7 @@ def open_tokenizer(args):
     """
     if not args.tokenizer:
         if args.chat_template:
-            raise UserError(f"--chat-template {args.chat_template}: pass --tokenizer, too")
+            raise UserError(f"--chat-template {args.chat_template}: also pass --tokenizer")
         return None, ""
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
@@ -253,9 +253,9 @@ def rename_columns(tables, there, args):
     for item in args.map:
         column, _, name = item.partition("=")
         if column not in COLUMNS:
-            raise UserError(f"--map {item}: expected COLUMN=NAME, a column of {', '.join(COLUMNS)}")
+            raise UserError(f"--map {item}: expected COLUMN=NAME, COLUMN in {', '.join(COLUMNS)}")
         if name not in there:
-            raise UserError(f"--map {item}: the columns are {', '.join(there)}")
+            raise UserError(f"--map {item}: no column {name!r}, only {', '.join(there)}")
         names[column] = name
         mapped.add(column)
     # A column named by --map takes precedence over conflicting columns.
@@ -392,7 +392,7 @@ def to_dialogue(column, prompt, value):
     said = [message["content"].strip() for message in response[:-1]]
     for message in prompt:
         if message["content"].strip() not in said:
-            raise DropError(f"{column} is a whole dialogue that does not hold the prompt")
+            raise DropError(f"{column} is a whole dialogue that lacks the prompt")
     return response
 
 
@@ -401,9 +401,9 @@ def render(messages, is_prompt, tools, tokenizer, args):
     options = {"tools": tools, "tokenize": False, "add_generation_prompt": is_prompt}
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template may raise anything
         template = args.chat_template or args.tokenizer
-        reason = f"the chat template of {template} refuses it: {first_line(error)}"
+        reason = f"the chat template of {template} rejects it: {first_line(error)}"
         raise DropError(reason) from error
 
 
@@ -418,9 +418,9 @@ def render_row(row, columns, tokenizer, args):
     if dialogues:
         prompt = dialogues[0][:-1]
     elif prompt[-1]["role"] == "assistant":
-        raise DropError("prompt ends with an answer")
+        raise DropError("prompt ends with an assistant message")
     if any(dialogue[:-1] != prompt for dialogue in dialogues):
-        raise DropError("no common prompt")
+        raise DropError("responses have different prompts")
     if not prompt:
         raise DropError("prompt is missing")
     if row["system"] and prompt[0]["role"] != "system":
@@ -437,7 +437,7 @@ def render_row(row, columns, tokenizer, args):
         start = re.sub(r"<think>\s*(</think>\s*)?$", "", start)
     if not all(text.startswith(start) for text in whole):
         template = args.chat_template or args.tokenizer
-        raise DropError(f"the chat template of {template} changes the turns before an answer")
+        raise DropError(f"the chat template of {template} alters the prompt before a response")
     texts = [start]
     for text in whole:
         texts.append(text[len(start) :])
@@ -491,7 +491,7 @@ def finish(texts, tokenizer, bos, is_chat):
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DropError(f"{column} has half of a surrogate pair") from error
+            raise DropError(f"{column} has an unpaired surrogate") from error
     if "chosen" in texts and texts["chosen"] == texts["rejected"]:
         raise DropError("chosen and rejected are equal")
     return texts, cut
@@ -574,7 +574,7 @@ def show_lengths(found, args, has_tokens):
 
 
 def shorten(row):
-    """The values of a row on one line, long ones as beginning and end."""
+    """The values of a row on one line, with the middle of long ones left out."""
     values = []
     for column, value in row.items():
         if value is not None or column not in ("system", "tools"):
@@ -600,7 +600,7 @@ def show_counts(counts, firsts):
 
 # ---------------------------------------------------------------------------------------- main
 def check_arguments(args):
-    """Raise UserError for a share out of range or an output folder that must not be written."""
+    """Raise UserError for a share out of range or an output folder that must not be overwritten."""
     if not 0 < args.held_out < 1:
         raise UserError(f"--held-out {args.held_out}: expected a share between 0 and 1")
     folder = Path(args.output_dir).resolve()
@@ -716,7 +716,7 @@ def main(args):
         parts = hold_out(parts["train"], args)
         counts["test"] = {}
     if not parts["train"]:
-        raise UserError(f"--split: every prompt of {names['train']} is in {names['test']}, too")
+        raise UserError(f"--split: every prompt of {names['train']} is also in {names['test']}")
     lengths = measure(parts["train"] + parts["test"], columns, tokenizer, args)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -733,15 +733,15 @@ def main(args):
         file.write(json.dumps(info, ensure_ascii=False, indent=2) + "\n")
 
     # Phase 4: show
-    form = "texts, as they are"
+    form = "texts, unchanged"
     if is_chat:
-        form = f"messages, by the chat template of {args.chat_template or args.tokenizer}"
+        form = f"messages, rendered by {args.chat_template or args.tokenizer}"
     print(f"{source}: {form}\n")
     show_counts(counts, firsts)
     for row in parts["train"][:2]:
         show_row(row, tokenizer)
     show_lengths(lengths, args, bool(tokenizer))
-    print(f"\nWrote {', '.join(OUTPUTS)} in {folder}: pass it as --dataset.")
+    print(f"\nWrote {', '.join(OUTPUTS)} to {folder}: pass it as --dataset.")
 
 
 if __name__ == "__main__":

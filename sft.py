@@ -1,14 +1,14 @@
 """SFT: supervised fine-tuning on demonstrations, the first stage of RLHF.
 
-The resulting policy is where the later stages start, and their reference policy.
+The later stages start from the resulting policy, and keep it as their reference policy.
 
     minimise   L = − Σ log π_θ(y_t | x, y_<t) / (number of response tokens)
 
-over prompts x and demonstrated responses y, each with its end token. Sum and number run over the
-whole minibatch, so the loss does not depend on micro-batches or the number of processes. Prompt
-tokens carry no loss.
+over prompts x and demonstrated responses y, each with its end token. The loss is a mean over the
+tokens of the whole minibatch, so it does not depend on micro-batches or the number of processes.
+Prompt tokens have no loss.
 
-    python sft.py                                           # built-in tiny world, a CPU
+    python sft.py                                           # built-in tiny world, 1 minute on a CPU
     python sft.py --model pythia-1b                         # TL;DR, one GPU
     python sft.py --model DIR --dataset DATA.jsonl          # columns prompt and completion
 
@@ -62,27 +62,27 @@ class Args:
     save_every: int = 200  # updates between checkpoints (0: only at the end)
     eval_every: int = 200  # updates between evaluations (0: only before and after training)
     eval_prompts: int = 256  # held-out prompts to evaluate on
-    track: bool = False  # log to Weights & Biases, too
+    track: bool = False  # also log to Weights & Biases
     # Model and data
-    model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder; see find_model
-    dataset: str = ""  # tiny, hh, tldr, a hub id, a file or a folder (empty: tiny or tldr)
+    model: str = "tiny"  # tiny, pythia-14m ... pythia-12b, a hub id or a folder
+    dataset: str = ""  # tiny, hh, tldr, hub id, file or folder (empty: tiny for tiny, else tldr)
     max_prompt_tokens: int = 512  # longer prompts are dropped
     max_response_tokens: int = 128  # longer responses are cut
     # Sizes, over all processes unless noted
-    data_epochs: int = 0  # passes over the data (0 in sft, reward_model: 3 for tiny, else 1)
-    num_updates: int = 0  # updates (0: online 1000, or 60 for tiny; others all data)
-    minibatch_size: int = 32  # prompts per optimizer step
+    data_epochs: int = 0  # passes over the data (0, sft and reward_model only: 1, or 3 for tiny)
+    num_updates: int = 0  # updates (0: online scripts 1000, tiny 60; others by --data-epochs)
+    minibatch_size: int = 32  # prompts (offline: examples) per optimizer step
     micro_batch_size: int = 32  # prompts per forward pass of one process
     # Optimisation
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products (auto: by device)
-    unfrozen_layers: int = 0  # train only the last N layers and an untied head (0: everything)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls (auto: bfloat16 on a GPU)
+    unfrozen_layers: int = 0  # train only the last N layers, and the head if untied (0: all)
     gradient_checkpointing: bool = False  # less memory, more compute
-    learning_rate: float = 0.0  # of AdamW (0: 1e-6, sft and reward_model 1e-5, more for tiny)
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # of the learning rate
+    learning_rate: float = 0.0  # AdamW learning rate (0: 1e-6; sft, reward_model 1e-5; tiny more)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # decay after warm-up
     warmup_updates: int = 0  # optimizer steps of linear warm-up
-    weight_decay: float = 1e-6  # of AdamW
-    adam_betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm (0: never)
+    weight_decay: float = 1e-6  # AdamW weight decay
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # AdamW betas
+    max_grad_norm: float = 1.0  # largest gradient norm (0: no clipping)
 
 
 SCRIPT = Path(__file__).stem
@@ -104,174 +104,9 @@ class UserError(Exception):
     """A mistake in the arguments or the data, reported in one sentence without a traceback."""
 
 
-# ------------------------------------------------------------------------------ models and data
-def check_numbers(args):
-    """Raises UserError for a negative number, or a zero where it makes no sense."""
-    for name, value in vars(args).items():
-        lowest = 0 if name in MAY_BE_ZERO else 1e-9  # anything positive
-        if type(value) in (int, float) and not value >= lowest:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small")
-
-
-def stage_folder(script, args):
-    """Where a script saves its run for this dataset and model unless told otherwise."""
-    model = Path(args.model)
-    name = model.parent.name if model.name == "model" else model.name  # scripts save RUN/model
-    return Path(f"runs/{script}/{Path(args.dataset).name}/{name}")
-
-
-def load_model(auto_class, name, device, args, trainable=False):
-    """A model from a folder or the hub. Raises UserError if it cannot be used here."""
-    try:
-        model, info = auto_class.from_pretrained(
-            name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-        )
-    except Exception as error:  # the libraries raise many kinds
-        raise UserError(f"model {name}: {error}") from error
-    if info["missing_keys"]:
-        raise UserError(f"{name} is no {auto_class.__name__}: no {sorted(info['missing_keys'])}")
-    # head_logits applies the head alone, so scaled or capped logits would be wrong.
-    head = model.to(device).get_output_embeddings()
-    x = torch.arange(3, device=device)  # any tokens: a prompt of one, two equal responses of two
-    with torch.no_grad():
-        _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
-        if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
-            raise UserError(f"{name} scales its logits, or has alibi or recurrence: not supported")
-    set_up_model(model, args, trainable)
-    return model
-
-
-def set_up_model(model, args, trainable):
-    """Turn dropout off, choose the weights to train, and round the others to --dtype."""
-    model.eval().requires_grad_(trainable)
-    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-    if trainable and args.unfrozen_layers:
-        model.base_model.requires_grad_(False)
-        layers[-args.unfrozen_layers :].requires_grad_(True)
-    if trainable and args.gradient_checkpointing:  # transformers' own is off in evaluation mode
-        for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    if args.dtype == "bfloat16":
-        torch.set_float32_matmul_precision("high")  # the head stays in float32, with TF32 products
-        # Frozen weights are rounded as autocast rounds the trained ones.
-        for module in model.base_model.modules():
-            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-                module.to(torch.bfloat16)
-
-
-def load_tokenizer(name, model):
-    """The tokenizer of a policy, and the ids that end its responses."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if tokenizer.eos_token_id is None or not tokenizer("a").input_ids:
-        raise UserError(f"{name} has no tokenizer, or one without an end-of-sequence token")
-    ends = getattr(model, "generation_config", model.config).eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return tokenizer, sorted({tokenizer.eos_token_id, *ends} - {None})
-
-
-def load_splits(args):
-    """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
-    path = DATASETS.get(args.dataset, args.dataset)
-    try:
-        file = Path(path).absolute()  # load_dataset cannot read a file of "."
-        if file.is_file():
-            splits = datasets.load_dataset(str(file.parent), data_files=file.name)
-        else:
-            splits = datasets.load_dataset(path)
-        if list(splits) == ["train"]:
-            splits = splits["train"].train_test_split(test_size=0.1, seed=0)
-    except (datasets.exceptions.DatasetsError, ValueError, StopIteration) as error:
-        raise UserError(f"--dataset {path}: {error.__cause__ or error!r}") from error
-    test = {"test", "validation", "valid"} & set(splits)
-    if "train" not in splits or not test:
-        raise UserError(f"--dataset {path} has the splits {list(splits)}: run prepare_data.py")
-    return splits[min(test)], splits["train"]
-
-
-def encode_prompts(tokenizer, texts):
-    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to any text."""
-    adds_end = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
-    ids = tokenizer(texts).input_ids if texts else []
-    return [torch.tensor(row[:-1] if adds_end else row) for row in ids]
-
-
-def split_dialogue(row):
-    """A row of HH, whose chosen and rejected are whole dialogues, as prompt and responses.
-
-    A response that does not begin with the prompt of chosen is left empty.
-    """
-    prompt = "".join(row["chosen"].rpartition("\n\nAssistant:")[:2])
-    parts = {"prompt": prompt}
-    for key in ("chosen", "rejected"):
-        text = row.get(key) or ""
-        parts[key] = text[len(prompt) :] if text.startswith(prompt) else ""
-    return parts
-
-
-def encode_responses(tokenizer, texts, end_ids, longest, counts):
-    """Token ids of responses, 1-D tensors. What is cut is added to `counts`.
-
-    A response ends at the first end token in its text, or else at an EOS that is added. One of more
-    than `longest` tokens is cut, and then has no end token.
-    """
-    responses = []
-    for ids in tokenizer(texts, add_special_tokens=False).input_ids:
-        ids = [*ids, tokenizer.eos_token_id]
-        length = 1 + next(t for t, token in enumerate(ids) if token in end_ids)
-        # Nothing is lost where the text ends with its end token, before the EOS added here.
-        counts["texts cut at an end token"] += length < len(ids) - 1
-        counts[f"responses cut at {longest} tokens"] += length > longest
-        responses.append(torch.tensor(ids[: min(length, longest)]))
-    return responses
-
-
-def load_examples(tokenizer, end_ids, longest, columns, args):
-    """Held-out and training examples, pairs of a prompt and a list of its responses, and their CRC.
-
-    The rows have the columns prompt and `columns` (completion defaults to chosen), or chosen and
-    rejected alone, as in HH. Prompts of more than `longest` tokens are dropped. Raises UserError
-    for data in another form.
-    """
-    parts, held_out, crc = [], set(), 0
-    keys = ("prompt", *columns)
-    for name, split in zip(("held-out", "training"), load_splits(args)):
-        counts, rows, examples = Counter(), [], []
-        for row in split:
-            if "prompt" not in row and isinstance(row.get("chosen"), str):
-                row = split_dialogue(row)
-            row.setdefault("completion", row.get("chosen"))
-            texts = [row.get(key) for key in keys]
-            if not all(isinstance(text, str) for text in texts):
-                raise UserError(f"--dataset {args.dataset} has no {keys}: run prepare_data.py")
-            if not all(texts):
-                counts["rows with an empty text or no common prompt dropped"] += 1
-            elif texts[0] in held_out:
-                counts["rows with a held-out prompt dropped"] += 1
-            elif args.dataset == "tldr" and not texts[0].startswith("SUBREDDIT"):
-                counts["news articles dropped"] += 1
-            else:
-                rows.append(texts)
-        held_out.update(texts[0] for texts in rows)
-        crc = zlib.crc32(repr(rows).encode(), crc)
-        prompts = encode_prompts(tokenizer, [texts[0] for texts in rows])
-        for prompt, texts in zip(prompts, rows):
-            if len(prompt) > longest:
-                counts[f"prompts of more than {longest} tokens dropped"] += 1
-            else:
-                group = encode_responses(
-                    tokenizer, texts[1:], end_ids, args.max_response_tokens, counts
-                )
-                examples.append((prompt, group))
-        PartialState().print(f"{name:13} {len(examples)} examples; {dict(+counts)}")
-        if not examples:
-            raise UserError(f"--dataset {args.dataset} has no {name} examples that can be used")
-        parts.append(examples)
-    return *parts, crc
-
-
 # ------------------------------------------------------------------------------ log-probabilities
 def head_logits(model, hidden, temperature):
-    """Logits [..., V] of hidden states [..., D], in float32 also under autocast."""
+    """Logits [..., V] of hidden states [..., D], in float32 even under autocast."""
     with torch.autocast(hidden.device.type, enabled=False):
         logits = model.get_output_embeddings()(hidden.float())
         return logits / temperature if temperature != 1 else logits
@@ -301,7 +136,8 @@ def response_hidden(model, prompts, responses):
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
     segment = pad(segments).to(model.device)  # [B, L]
-    # A query sees earlier keys of the prompt and of its own response. Padding comes last.
+    # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
+    # so only padding sees it.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
     output = model.base_model(
         pad(rows).to(model.device),
@@ -324,13 +160,188 @@ def response_logprobs(model, prompts, responses, temperature):
     def token_logprobs(hidden, targets):
         return -F.cross_entropy(head_logits(model, hidden, temperature), targets, reduction="none")
 
-    # Logits of 128 tokens at a time fit a CPU's cache. Those of many tokens are made again in
+    # Logits of 128 tokens at a time fit a CPU's cache. Those of many tokens are recomputed in
     # the backward pass, so that a tensor [B, K, T, V] never exists.
     if len(hidden) > 1024:
         token_logprobs = partial(checkpoint, token_logprobs, use_reentrant=False)
     parts = map(token_logprobs, hidden.split(128), torch.cat(targets).to(hidden.device).split(128))
     logprobs = torch.cat(list(parts)).split([len(y) for y in targets])
     return pad_sequence(logprobs, batch_first=True).unflatten(0, (len(prompts), -1))
+
+
+# ------------------------------------------------------------------------------ models and data
+def check_numbers(args):
+    """Raises UserError for a negative number, or a zero where it makes no sense."""
+    for name, value in vars(args).items():
+        lowest = 0 if name in MAY_BE_ZERO else 1e-9  # anything positive
+        if type(value) in (int, float) and not value >= lowest:
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} must be {'above' if lowest else 'at least'} 0"
+            )
+
+
+def stage_folder(script, args):
+    """Where a script saves its run for this dataset and model unless told otherwise."""
+    model = Path(args.model)
+    name = model.parent.name if model.name == "model" else model.name  # scripts save RUN/model
+    return Path(f"runs/{script}/{Path(args.dataset).name}/{name}")
+
+
+def load_model(auto_class, name, device, args, trainable=False):
+    """A model from a folder or the hub. Raises UserError if it cannot be used here."""
+    try:
+        model, info = auto_class.from_pretrained(
+            name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    except Exception as error:  # the libraries raise many kinds
+        raise UserError(f"model {name}: {error}") from error
+    if info["missing_keys"]:
+        raise UserError(
+            f"{name} is not a complete {auto_class.__name__}: no {sorted(info['missing_keys'])}"
+        )
+    # response_hidden and head_logits must give the model's own logits. They would not for scaled
+    # logits, or if the second of two equal responses (any tokens) could see the first.
+    head = model.get_output_embeddings()
+    x = torch.arange(3)
+    with torch.no_grad():
+        _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
+        if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
+            raise UserError(f"{name} is not supported: scaled logits, ALiBi or recurrence")
+    set_up_model(model.to(device), args, trainable)
+    return model
+
+
+def set_up_model(model, args, trainable):
+    """Turn dropout off, choose the weights to train, and round the others to --dtype."""
+    model.eval().requires_grad_(trainable)
+    # The first ModuleList holds the transformer's layers.
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    if trainable and args.unfrozen_layers:
+        model.base_model.requires_grad_(False)
+        layers[-args.unfrozen_layers :].requires_grad_(True)
+    if trainable and args.gradient_checkpointing:  # transformers' own is off in evaluation mode
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if args.dtype == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # the head stays in float32, with TF32 products
+        # Frozen weights are rounded as autocast rounds the trained ones.
+        for module in model.base_model.modules():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                module.to(torch.bfloat16)
+
+
+def load_tokenizer(name, model):
+    """The tokenizer of a policy, and the ids that end its responses."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token_id is None or not tokenizer("a").input_ids:
+        raise UserError(f"{name} has no tokenizer, or one without an end-of-sequence token")
+    ends = getattr(model, "generation_config", model.config).eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return tokenizer, sorted({tokenizer.eos_token_id, *ends} - {None})
+
+
+def load_splits(args):
+    """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
+    path = DATASETS.get(args.dataset, args.dataset)
+    try:
+        file = Path(path).absolute()  # load_dataset cannot read a file in "."
+        if file.is_file():
+            splits = datasets.load_dataset(str(file.parent), data_files=file.name)
+        else:
+            splits = datasets.load_dataset(path)
+        if list(splits) == ["train"]:
+            splits = splits["train"].train_test_split(test_size=0.1, seed=0)
+    except (datasets.exceptions.DatasetsError, ValueError, StopIteration) as error:
+        raise UserError(f"--dataset {path}: {error.__cause__ or error!r}") from error
+    test = {"test", "validation", "valid"} & set(splits)
+    if "train" not in splits or not test:
+        raise UserError(
+            f"--dataset {path} has splits {list(splits)}, not train and test: run prepare_data.py"
+        )
+    return splits[min(test)], splits["train"]  # test comes before valid and validation
+
+
+def encode_prompts(tokenizer, texts):
+    """Token ids of prompts, 1-D tensors, without the EOS that some tokenizers add to every text."""
+    adds_end = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+    ids = tokenizer(texts).input_ids if texts else []
+    return [torch.tensor(row[:-1] if adds_end else row) for row in ids]
+
+
+def split_dialogue(row):
+    """A row of HH, whose chosen and rejected are whole dialogues, as prompt and responses.
+
+    A response that does not begin with the prompt of chosen is left empty.
+    """
+    prompt = "".join(row["chosen"].rpartition("\n\nAssistant:")[:2])
+    parts = {"prompt": prompt}
+    for key in ("chosen", "rejected"):
+        text = row.get(key) or ""
+        parts[key] = text[len(prompt) :] if text.startswith(prompt) else ""
+    return parts
+
+
+def encode_responses(tokenizer, texts, end_ids, longest, counts):
+    """Token ids of responses, 1-D tensors. Counts in `counts` what is cut.
+
+    A response ends at the first end token in its text, or else at an EOS that is added. A response
+    longer than `longest` tokens is cut, and then has no end token.
+    """
+    responses = []
+    for ids in tokenizer(texts, add_special_tokens=False).input_ids:
+        ids = [*ids, tokenizer.eos_token_id]
+        length = 1 + next(t for t, token in enumerate(ids) if token in end_ids)
+        # Nothing is lost where the text ends with its end token, before the EOS added here.
+        counts["texts cut at an end token"] += length < len(ids) - 1
+        counts[f"responses cut at {longest} tokens"] += length > longest
+        responses.append(torch.tensor(ids[: min(length, longest)]))
+    return responses
+
+
+def load_examples(tokenizer, end_ids, longest, columns, args):
+    """Held-out and training examples, pairs of a prompt and a list of its responses, and their CRC.
+
+    The rows have the columns prompt and `columns` (completion defaults to chosen), or chosen and
+    rejected alone, as in HH. Prompts of more than `longest` tokens are dropped. Raises UserError
+    for data in another form.
+    """
+    parts, held_out, crc = [], set(), 0
+    keys = ("prompt", *columns)
+    for name, split in zip(("held-out", "training"), load_splits(args)):
+        counts, rows, examples = Counter(), [], []
+        for row in split:
+            if "prompt" not in row and isinstance(row.get("chosen"), str):
+                row = split_dialogue(row)
+            row.setdefault("completion", row.get("chosen"))
+            texts = [row.get(key) for key in keys]
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError(
+                    f"--dataset {args.dataset} has no text columns {keys}: run prepare_data.py"
+                )
+            if not all(texts):
+                counts["dropped: empty text or no common prompt"] += 1
+            elif texts[0] in held_out:
+                counts["dropped: held-out prompt"] += 1
+            elif args.dataset == "tldr" and not texts[0].startswith("SUBREDDIT"):
+                counts["dropped: news article"] += 1
+            else:
+                rows.append(texts)
+        held_out.update(texts[0] for texts in rows)
+        crc = zlib.crc32(repr(rows).encode(), crc)
+        prompts = encode_prompts(tokenizer, [texts[0] for texts in rows])
+        for prompt, texts in zip(prompts, rows):
+            if len(prompt) > longest:
+                counts[f"dropped: prompt longer than {longest} tokens"] += 1
+            else:
+                group = encode_responses(
+                    tokenizer, texts[1:], end_ids, args.max_response_tokens, counts
+                )
+                examples.append((prompt, group))
+        PartialState().print(f"{name:13} {len(examples)} examples; {dict(+counts)}")
+        if not examples:
+            raise UserError(f"--dataset {args.dataset} has no usable {name} examples")
+        parts.append(examples)
+    return *parts, crc
 
 
 # -------------------------------------------------------------------------------------- training
@@ -382,12 +393,14 @@ def find_checkpoint(folder, record, args):
         raise UserError(f"{folder} holds a run: pass --resume, --overwrite or --output-dir")
     for key, value in json.loads(json.dumps(record)).items():  # tuples become lists
         if key not in MAY_CHANGE and saved.get(key) != value:
-            raise UserError(f"{folder} is a run with {key} {saved.get(key)}, not {value}")
+            raise UserError(
+                f"{folder} has a run with {key} {saved.get(key)}, not {value}: change --output-dir"
+            )
     return max(folder.glob(f"{CHECKPOINT}.pt"), default=None)
 
 
 def start_run(accelerator, folder, record, state, args):
-    """Open the run folder: remove an earlier run, or cut its logs to those of the checkpoint."""
+    """Open the run folder: remove an earlier run, or truncate its logs to the checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     if "log_sizes" in state:
         for name, size in state["log_sizes"].items():
@@ -402,7 +415,7 @@ def start_run(accelerator, folder, record, state, args):
         import wandb  # optional
 
         wandb.init(project="p3o", name=str(folder), config=record, sync_tensorboard=True)
-    # What was logged after the checkpoint is dropped.
+    # Drop what was logged after the checkpoint.
     accelerator.init_trackers(
         folder.name, init_kwargs={"tensorboard": {"purge_step": state["update"] + 1}}
     )
@@ -426,11 +439,13 @@ def save_checkpoint(folder, model, optimizer, state):
 
 def log(accelerator, file, update, values, prefix=""):
     """Append a line to a .jsonl file of the run, and add the values to TensorBoard."""
-    values = {key: float(value) for key, value in values.items()}
+    values = {key: float(values[key]) for key in values}
     if accelerator.is_main_process:
         with open(file, "a") as stream:
             stream.write(json.dumps({"step": update, **values}) + "\n")
-    accelerator.log({prefix + key: value for key, value in values.items()}, step=update)
+    # Standard errors would hide the means in TensorBoard.
+    shown = {prefix + key: values[key] for key in values if not key.endswith("_se")}
+    accelerator.log(shown, step=update)
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -451,7 +466,9 @@ def main(args):
         policy_name = f"EleutherAI/{args.model}"
     check_numbers(args)
     if args.minibatch_size % world:
-        raise UserError(f"--minibatch-size must be a multiple of the {world} processes")
+        raise UserError(
+            f"--minibatch-size {args.minibatch_size} must be a multiple of the {world} processes"
+        )
 
     # Run folder
     record = {"script": SCRIPT, "policy": policy_name, **asdict(args)}
@@ -464,7 +481,7 @@ def main(args):
     )
 
     # Policy and data
-    if is_tiny:  # the embedded world has a configuration only: weights start at random
+    if is_tiny:  # the built-in world has only a configuration, so the weights are random
         torch.manual_seed(args.seed)
         policy = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy_name))
         set_up_model(policy.to(device), args, trainable=True)
@@ -481,7 +498,7 @@ def main(args):
     epoch_updates = math.ceil(len(examples) / args.minibatch_size)
     args.num_updates = args.num_updates or args.data_epochs * epoch_updates
 
-    # Optimizer, and where to start
+    # Optimizer and checkpoint
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         args.learning_rate,
@@ -496,7 +513,7 @@ def main(args):
             raise UserError(f"--dataset {args.dataset} has changed since {saved}")
         policy.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
-    accelerator.wait_for_everyone()  # all have read the folder, which changes now
+    accelerator.wait_for_everyone()  # all have read the folder, before it changes
     if is_main:
         start_run(accelerator, folder, record, state, args)
 
@@ -505,7 +522,7 @@ def main(args):
     @torch.no_grad()
     @autocast()
     def evaluate(update):
-        """Log the loss of held-out examples, and print the most likely response to a prompt."""
+        """Log the loss of held-out examples, and print the greedy response to one prompt."""
         losses = torch.zeros(2, dtype=torch.float64, device=device)  # sum, number of tokens
         for i in range(0, len(eval_prompts), args.micro_batch_size):
             part = slice(i, i + args.micro_batch_size)
@@ -519,7 +536,7 @@ def main(args):
         options = {"max_new_tokens": args.max_response_tokens, "eos_token_id": end_ids}
         output = policy.generate(prompt, do_sample=False, pad_token_id=end_ids[0], **options)
         if is_main:
-            tqdm.write(f"update {update}: held-out loss {values['sft/eval_loss']:.3f} nats a token")
+            tqdm.write(f"update {update}: held-out loss {values['sft/eval_loss']:.3f} nats/token")
             tqdm.write(f"    prompt   {tokenizer.decode(prompt[0])!r}")
             tqdm.write(f"    response {tokenizer.decode(output[0, prompt.shape[1] :])!r}")
 
@@ -527,13 +544,13 @@ def main(args):
         evaluate(0)
     total = args.num_updates * args.minibatch_size
     batches = shuffled(len(examples), total, args.seed).split(args.minibatch_size)
-    # A bar of the main process, on a terminal only
+    # A bar of the main process; None hides it where there is no terminal
     progress = tqdm(range(state["update"] + 1, args.num_updates + 1), disable=not is_main or None)
     for update in progress:
         start = time.perf_counter()
         state["update"] = update
 
-        # 1. One optimizer step on a minibatch, cut into micro-batches of prompts of like length
+        # 1. One optimizer step on a minibatch, cut into micro-batches of prompts of similar length
         minibatch = [examples[i] for i in batches[update - 1]]
         num_tokens = sum(len(y) for _, [y] in minibatch)
         share = sorted(minibatch[rank::world], key=lambda example: len(example[0]))

@@ -1,4 +1,4 @@
-"""What a GPU does of what it could: decoding, training and memory, for random weights.
+"""Decoding speed, training speed and memory on a GPU, relative to its peak, with random weights.
 
 python benchmark/speed.py --gpu --output gpu.json
 

@@ -5,7 +5,7 @@
 
 Every kill is SIGKILL from outside: the odd ones at a moment drawn from the length of an update, the
 even ones while a checkpoint is being written, as seen by its unfinished file. The run is on rows of
-the embedded world, with a checkpoint after every update, and long enough to be unfinished at every
+the built-in world, with a checkpoint after every update, and long enough to be unfinished at every
 kill. Printed for each kill: how far the run was and whether it was inside a save, judged by what
 the kill left behind. At the end weights, logs (apart from times) and TensorBoard's scalars must be
 equal, bit by bit; exit code 1 if they are not.

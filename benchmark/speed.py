@@ -1,7 +1,7 @@
-"""Seconds an update of our scripts, of TRL's trainers, and of the work that nobody can leave out.
+"""Seconds per update of our scripts, of TRL's trainers, and of a lower bound, the floor.
 
     python benchmark/speed.py --tokenizer FOLDER --dataset FILE.jsonl.gz     pythia-14m's shape, HH
-    python benchmark/speed.py --model tiny                                   the embedded world
+    python benchmark/speed.py --model tiny                                   the built-in world
     python benchmark/speed.py --gpu --output gpu.json                        a GPU's limits (gpu.py)
 
 Every measurement is a process of its own, and the sides take turns: ours, TRL's, the floor, ours,

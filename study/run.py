@@ -2,7 +2,7 @@
 
     python study/run.py --list                     parts of the study, and what is missing
     python study/run.py                            make the runs that are missing
-    python study/run.py --parts search budget      of these parts alone
+    python study/run.py --parts search budget      only of these parts
     python study/run.py --script my_algorithm.py   search, three seeds, a row and a figure
 
 Each run is a script with flags on one core. What the figures need of it is stored as soon as it

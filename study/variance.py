@@ -1,4 +1,4 @@
-"""Exact variance of three estimates of the policy gradient, on a policy that can be enumerated.
+"""Exact variance of policy-gradient estimates, on a policy whose responses can be enumerated.
 
     python study/variance.py
 

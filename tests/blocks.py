@@ -10,19 +10,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAINING = (
-    "sft.py",
-    "reward_model.py",
-    "p3o_v2.py",
-    "p3o_v1.py",
-    "rloo.py",
-    "grpo.py",
-    "ppo.py",
-    "online_dpo.py",
-    "dpo.py",
-    "ipo.py",
-    "mpo.py",
-)
+TRAINING = "sft reward_model p3o_v2 p3o_v1 rloo grpo ppo online_dpo dpo ipo mpo".split()
+TRAINING = tuple(f"{name}.py" for name in TRAINING)
 SCRIPTS = (*TRAINING, "prepare_data.py", "evaluate.py", "limit.py", "plot_frontier.py")
 
 
@@ -75,9 +64,8 @@ def fix(source, paths):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fix", metavar="SCRIPT", help="copy the blocks of SCRIPT into the others")
-    script = parser.parse_args().fix
     all_paths = [ROOT / name for name in SCRIPTS]
-    if script:
+    if script := parser.parse_args().fix:
         fix(ROOT / Path(script).name, all_paths)
     found = differences(all_paths)
     print("\n".join(found) or "blocks of one name are equal")

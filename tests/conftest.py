@@ -1,10 +1,10 @@
-"""What the tests share: scripts as processes that start at once, short runs of all of them, tiny
-random models."""
+"""What the tests share: scripts as processes, short runs of all of them, tiny random models."""
 
 import atexit
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,18 +16,15 @@ import pytest
 import torch
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForSequenceClassification as AutoClassifier
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tiny"
 sys.path.insert(0, str(ROOT))
 CACHE = tempfile.TemporaryDirectory()
 os.environ["HF_DATASETS_CACHE"] = CACHE.name  # nothing of the tests stays in the user's
+torch.set_num_threads(1)  # on models as small as these, threads only wait for each other
 
 # --------------------------------------------------------------------------- scripts as processes
 # A process that has imported the libraries and forks one child for every script to run: the
@@ -45,8 +42,7 @@ for line in sys.stdin:
     if os.fork():
         continue
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if child := os.fork():  # stays to tell its number and exit code, as the targets of links
-        os.symlink(str(child), f"{job['output']}.pid")
+    if child := os.fork():  # stays to tell its exit code, as the target of a link
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.symlink(str(code), f"{job['output']}.code")
         os._exit(0)
@@ -74,22 +70,11 @@ class Nursery:
     """A process to fork others from, with a change of the environment."""
 
     def __init__(self, **environment):
-        # One thread each: on models as small as these, threads only wait for each other.
         quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
-            stdin=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **quiet, **environment},
-        )
+        command, env = [sys.executable, "-c", NURSERY], {**os.environ, **quiet, **environment}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=env)
         self.folder = tempfile.TemporaryDirectory()
         atexit.register(self.process.kill)
-
-    def start(self, **job):
-        job["output"] = f"{self.folder.name}/{time.monotonic_ns()}"
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return Path(job["output"])
 
 
 class Script:
@@ -106,27 +91,20 @@ class Script:
             nursery = Script.nursery = Script.nursery or Nursery()
         path = script if str(script).endswith(".py") else ROOT / f"{script}.py"
         argv = [str(path), *map(str, args)]
-        self.output = nursery.start(argv=argv, cwd=str(cwd), env=env, disturb=disturb)
+        self.output = f"{nursery.folder.name}/{time.monotonic_ns()}"
+        job = dict(argv=argv, cwd=str(cwd), env=env, disturb=disturb, output=self.output)
+        print(json.dumps(job), file=nursery.process.stdin, flush=True)
 
-    def _read(self, name, seconds):
-        file, end = Path(f"{self.output}.{name}"), time.monotonic() + seconds
-        while not file.is_symlink():
-            assert time.monotonic() < end, self.said()
+    def wait(self):
+        """Its exit code and what it printed."""
+        code, end = f"{self.output}.code", time.monotonic() + 600
+        while not os.path.islink(code):
+            assert time.monotonic() < end, Path(self.output).read_text()
             time.sleep(0.01)
-        return int(os.readlink(file))
-
-    @property
-    def pid(self):
-        return self._read("pid", 60)
-
-    def said(self):
-        return self.output.read_text() if self.output.exists() else ""
-
-    def wait(self, seconds=600):
-        return self._read("code", seconds), self.said()
+        return int(os.readlink(code)), Path(self.output).read_text()
 
 
-def ended_well(process, code=0):
+def ended(process, code=0):
     """What a process printed, that must end with this exit code and without a traceback."""
     found, output = process.wait()
     assert found == code and "Traceback" not in output, output
@@ -135,7 +113,16 @@ def ended_well(process, code=0):
 
 def run(script, *args, cwd, code=0, **options):
     """Run a script to its end and return what it printed."""
-    return ended_well(Script(script, *args, cwd=cwd, **options), code)
+    return ended(Script(script, *args, cwd=cwd, **options), code)
+
+
+def refused(script, *args, cwd):
+    """The sentence with which a script ends, on a line of its own, when it has changed no file."""
+    before = contents(cwd)
+    said = run(script, *args, cwd=cwd, code=2)
+    told, _, sentence = said.partition(f"{script}.py: ")
+    assert told[-1:] in ("", "\n") and contents(cwd) == before, said
+    return sentence
 
 
 def start_two(*args, **options):
@@ -149,7 +136,7 @@ def start_two(*args, **options):
 
 def run_two(*args, cwd):
     """Run a script in two processes to their ends and return what they printed."""
-    return [ended_well(process) for process in start_two(*args, cwd=cwd)]
+    return [ended(process) for process in start_two(*args, cwd=cwd)]
 
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -157,9 +144,9 @@ KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 # ------------------------------------------------------------------- short runs of every script
 ONLINE = ("p3o_v2", "p3o_v1", "rloo", "grpo", "ppo", "online_dpo")
 OFFLINE = ("dpo", "ipo", "mpo")
-STAGES = ("sft", "reward_model")
-EVERY = (*ONLINE, *OFFLINE, *STAGES)
-EVALUATIONS = {script: "evaluations" if script in STAGES else "frontier" for script in EVERY}
+SCORED = (*ONLINE, *OFFLINE)  # they start at the SFT policy, and evaluate by rewards
+EVERY = (*SCORED, "sft", "reward_model")
+EVALUATIONS = {script: "frontier" if script in SCORED else "evaluations" for script in EVERY}
 SHORT_ONLINE = "--prompts-per-update 4 --minibatch-size 2 --num-epochs 2 --num-responses 2"
 SHORT_ONLINE += " --max-response-tokens 8 --learning-rate 2e-4 --eval-prompts 4"
 SHORT = "--minibatch-size 4 --max-response-tokens 16 --learning-rate 1e-3 --eval-prompts 4"
@@ -172,6 +159,17 @@ def write_rows(file, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_splits(folder, train, test):
+    write_rows(folder / "train.jsonl", train)
+    write_rows(folder / "test.jsonl", test)
+
+
+def write_reward(folder, result="range(len(prompts))"):
+    """Flags for a reward that is this expression of prompts and responses."""
+    (folder / "reward.py").write_text(f"def f(prompts, responses):\n    return {result}\n")
+    return ["--reward-fn", "reward.py:f"]
+
+
 def tiny_rows(name, n):
     """The first n rows of the embedded world with different prompts."""
     rows = {}
@@ -181,11 +179,16 @@ def tiny_rows(name, n):
 
 
 def lines(file):
-    return [json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines()]
+    return [json.loads(line, parse_constant=pytest.fail) for line in file.open(encoding="utf-8")]
 
 
-def without_times(rows):
-    return [{key: row[key] for key in row if not key.startswith("time/")} for row in rows]
+def assert_same(found, expected, left_out, rel, abs):
+    """Rows of logs are equal but for rounding, but for times and keys of a pattern."""
+    assert [row.keys() for row in found] == [row.keys() for row in expected]
+    for row, other in zip(found, expected):
+        for key in row:
+            if not re.fullmatch(f"time/.*|{left_out}", key):
+                assert row[key] == pytest.approx(other[key], rel=rel, abs=abs), key
 
 
 def contents(folder):
@@ -203,7 +206,7 @@ def ending(folder):
     weights = (folder / "model/model.safetensors").read_bytes()
     found = {"weights": hashlib.sha256(weights).hexdigest()}
     for file in folder.glob("*.jsonl"):
-        found[file.name] = without_times(lines(file))
+        found[file.name] = [{**row, "time/update": 0} for row in lines(file)]
     events = events_of(folder)
     for tag in events.Tags()["scalars"]:
         if not tag.startswith("time/"):
@@ -224,8 +227,7 @@ def data(shared):
     folder = shared / "world/data"
     with FileLock(shared / "world.lock"):
         if not folder.exists():
-            write_rows(folder / "train.jsonl", tiny_rows("train", 21))
-            write_rows(folder / "test.jsonl", tiny_rows("test", 6))
+            write_splits(folder, tiny_rows("train", 21), tiny_rows("test", 6))
     return folder
 
 
@@ -260,7 +262,7 @@ SHAPES = {  # what is special; gpt2 has learned positions, and its head is its e
     "qwen2": {"num_key_value_heads": 2},  # biases in its attention
     "mistral": {"num_key_value_heads": 2, "sliding_window": 8},  # shorter than most rows
 }
-KINDS = {"policy": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}
+KINDS = {"policy": AutoModelForCausalLM, "score": AutoClassifier}
 
 
 def build(shape, kind, seed, **changes):
@@ -279,9 +281,3 @@ def save(model, folder, tokenizer=None):
     model.save_pretrained(folder)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(TINY / "sft")
     tokenizer.save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """On models as small as these, threads only wait for each other."""
-    torch.set_num_threads(1)

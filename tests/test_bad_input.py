@@ -1,18 +1,11 @@
-"""Mistakes of a user: each is told in one sentence that names the flag or the file, with exit code
-2, before anything is written."""
+"""A user's mistakes: told in a sentence that names flag or file, before anything is written."""
 
-import copy
 import json
 import shutil
 
 import pytest
-from conftest import EVERY, OFFLINE, ONLINE, SHORT, TINY, build, contents, run, save, write_rows
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPTNeoXConfig,
-    GPTNeoXForSequenceClassification,
-)
+from conftest import EVERY, ONLINE, SCORED, SHORT, TINY, build, refused, save, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def write_data(folder):
@@ -22,8 +15,6 @@ def write_data(folder):
     write_rows(folder / "ok/test.jsonl", rows[:4])
     write_rows(folder / "one_row.jsonl", rows[:1])
     write_rows(folder / "misnamed.jsonl", [{"question": "What?", "answer": "That."}] * 20)
-    messages = [{"role": "user", "content": "Hi"}]
-    write_rows(folder / "messages.jsonl", [dict.fromkeys(rows[0], messages)] * 20)
     (folder / "broken.jsonl").write_text(json.dumps(rows[0]) + '\n{"prompt": "Hi"\n')
     (folder / "broken.json").write_text('[{"prompt": "Hi"')
     (folder / "empty.jsonl").write_text("")
@@ -39,9 +30,8 @@ def write_data(folder):
 
 
 def write_models(folder):
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "sft")
     policy = AutoModelForCausalLM.from_pretrained(TINY / "sft", num_labels=1)
-    no_end, larger = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    no_end, larger = (AutoTokenizer.from_pretrained(TINY / "sft") for _ in range(2))
     no_end.eos_token = None
     save(policy, folder / "no_end", no_end)
     policy.save_pretrained(folder / "no_tokenizer")
@@ -54,8 +44,7 @@ def write_models(folder):
     save(policy, folder / "larger", larger)
     save(build("gpt2", "policy", seed=1, vocab_size=768), folder / "gpt2")
     for name, labels in (("two_outputs", 2), ("other_tokens", 1)):
-        config = GPTNeoXConfig.from_pretrained(TINY / "sft", num_labels=labels)
-        save(GPTNeoXForSequenceClassification(config), folder / name)
+        save(build("gpt_neox", "score", 1, vocab_size=768, num_labels=labels), folder / name)
     file = folder / "other_tokens/tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary = content["model"]["vocab"]
@@ -73,7 +62,6 @@ def inputs(tmp_path_factory):
 
 
 GIVEN = "--reward-fn in/reward.py:f"
-SCORED = (*ONLINE, *OFFLINE)
 SOME = ("p3o_v2", "dpo")  # what they share is the same text in the others
 MISTAKES = [  # scripts, flags, what the sentence names
     # data
@@ -81,7 +69,6 @@ MISTAKES = [  # scripts, flags, what the sentence names
     ((*SOME, "sft"), "--dataset nothing.jsonl", "nothing.jsonl"),
     ((*SOME, "sft"), "--dataset in/broken.jsonl", "in/broken.jsonl"),
     ((*SOME, "sft"), "--dataset in/misnamed.jsonl", "in/misnamed.jsonl"),
-    ((*SOME, "sft"), "--dataset in/messages.jsonl", "prepare_data.py"),
     (["p3o_v2"], "--dataset no/such-data", "no/such-data"),
     (["p3o_v2"], "--dataset in/broken.json", "in/broken.json"),
     (["p3o_v2"], "--dataset in/empty.jsonl", "in/empty.jsonl"),
@@ -131,17 +118,11 @@ CASES = [(script, *case) for scripts, *case in MISTAKES for script in scripts]
 
 
 @pytest.mark.parametrize("script, flags, named", CASES)
-def test_a_mistake_is_told_in_a_sentence_before_anything_is_written(
-    script, flags, named, inputs, tmp_path
-):
+def test_a_mistake_is_told_before_anything_is_written(script, flags, named, inputs, tmp_path):
     if "--output-dir" in flags:
         shutil.copytree(inputs, tmp_path / "in", ignore=shutil.ignore_patterns("*.safetensors"))
     else:
         (tmp_path / "in").symlink_to(inputs)
-    before = contents(tmp_path)
     options = ["--num-updates", 1, *SHORT[script], "--dataset", "in/ok", *flags.split()]
-    said = run(script, *options, cwd=tmp_path, code=2)
-    before_it, _, sentence = said.partition(f"{script}.py: ")
-    assert named in sentence and before_it[-1:] in ("", "\n"), said
+    assert named in refused(script, *options, cwd=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
-    assert contents(tmp_path) == before

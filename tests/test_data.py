@@ -1,5 +1,4 @@
-"""What the scripts read: texts as tokens, reward functions, datasets of many forms, and the models
-and data of the hub, in a cache with the layout of the public one."""
+"""What scripts read: texts as tokens, reward functions, datasets, models and data of the hub."""
 
 import re
 import shutil
@@ -10,7 +9,7 @@ from math import inf, nan
 import numpy as np
 import pytest
 import torch
-from conftest import OFFLINE, ONLINE, SHORT, TINY, Nursery, build, lines, run, save, write_rows
+from conftest import SCORED, SHORT, TINY, Nursery, build, lines, run, save, write_rows, write_splits
 from datasets import Dataset
 from datasets.packaged_modules.json.json import Json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -135,11 +134,6 @@ def examples_of(dataset, columns, longest=99):
     return *[[(TOKENIZER.decode(x), decode(y)) for x, y in part] for part in parts], crc
 
 
-def write_splits(folder, train, test):
-    write_rows(folder / "train.jsonl", train)
-    write_rows(folder / "test.jsonl", test)
-
-
 @pytest.mark.parametrize("file", ["a.jsonl.gz", "a.json", "a.parquet"])
 def test_a_tenth_of_a_file_of_any_form_is_held_out_of_every_script(file, tmp_path, monkeypatch):
     """The same, though not all rows suit every script. The file is in the current folder."""
@@ -180,7 +174,7 @@ def test_held_out_prompts_are_not_trained_on_and_prompts_come_once(form, tmp_pat
         responses = [f"{ANSWERS[name]}<eos>" for name in names]
         expected = [[(prompt, responses) for prompt in part] for part in (held_out, prompts)]
         assert [*examples_of(tmp_path, columns, 70)[:2]] == expected
-        assert "'prompts of more than 70 tokens dropped': 1" in capsys.readouterr().out
+        assert re.search("70 tokens[^,]*: 1", capsys.readouterr().out)
 
 
 OTHERS = [{"chosen": "\n\nHuman: Hi\n\nAssistant: Yes.", "rejected": "N" * 99}, {"chosen": "Ho."}]
@@ -191,7 +185,7 @@ EMPTY = [{**ROWS[0], "prompt": ""}, {**ROWS[1], "chosen": ""}]
 def test_rows_without_a_text_or_a_common_prompt_are_counted(form, bad, tmp_path, capsys):
     write_splits(tmp_path, form(ROWS[4:]) + bad, form(ROWS[2:4]))
     assert len(examples_of(tmp_path, ("chosen", "rejected"))[1]) == 26
-    assert "no common prompt dropped': 2" in capsys.readouterr().out
+    assert re.search("no common prompt[^,]*: 2", capsys.readouterr().out)
 
 
 def test_the_checksum_is_that_of_the_texts_in_their_order(tmp_path):
@@ -248,9 +242,8 @@ def test_a_stage_is_a_local_run_then_a_public_model_then_the_model_itself(tmp_pa
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """Where processes start that find public models and data in the cache of the hub: a policy
-    whose generation_config has no end, a reward model with a [PAD] in the old format, both of 16
-    bits and with more embeddings than tokens; posts and news articles."""
+    """Where processes start that find public models in the hub's cache, of 16 bits and with more
+    embeddings than tokens, the reward model in the old format and with a [PAD]; and public data."""
     home = tmp_path_factory.mktemp("home")
     for kind, name in (("policy", PUBLIC[0]), ("score", PUBLIC[1])):
         repository = home / f"hub/models--{name.replace('/', '--')}"
@@ -275,14 +268,12 @@ def hub(tmp_path_factory):
     return Nursery(HF_HUB_CACHE=f"{home}/hub", HF_DATASETS_CACHE=f"{home}/datasets")
 
 
-@pytest.mark.parametrize("script", (*ONLINE, *OFFLINE))
+@pytest.mark.parametrize("script", SCORED)
 def test_the_users_own_command_runs_to_the_end_with_nothing_prepared(script, hub, tmp_path):
     sizes = [*SHORT[script], *"--num-updates 3 --eval-every 2 --max-response-tokens 16".split()]
     said = run(script, "--model", "pythia-1b", *sizes, cwd=tmp_path, nursery=hub)
     assert all(name in said for name in PUBLIC)
-    [counted] = [line for line in said.splitlines() if line.startswith("held-out")]
-    expected = ["6", "12", "0", "6"] if script in ONLINE else ["6", "6"]
-    assert re.findall(r"\d+", counted)[:4] == expected  # 6 of 12 are news articles
+    assert re.search("held-out +6 ", said)  # of 12, as 6 are news articles
     folder = tmp_path / f"runs/{script}/tldr/pythia-1b"
     points = lines(folder / "frontier.jsonl")
     assert points[0]["kl"] == 0 != points[-1]["kl"] and points[0]["reward_se"] > 0

@@ -92,6 +92,17 @@ def test_the_readme_has_every_training_script_and_its_tokens():
     }
 
 
+def test_algorithms_and_results_have_the_figures_of_the_readme():
+    cell = r"\d\.\d\d / \d\.\d\d / \d\.\d"
+    readme = re.findall(rf"^\| `(\w+)\.py` .* ({cell}) \|", TEXT["README.md"], re.M)
+    assert len(readme) == 9
+    for name, figures in readme:
+        reward, gold, kl = figures.split(" / ")
+        assert figures in TEXT["algorithms.md"]
+        row = rf"^\| `{name}.py` \| {reward} ± .{{4}} \| {gold} ± .{{4}} \| {kl} ± "
+        assert re.search(row, TEXT["results.md"], re.M), name
+
+
 def test_the_readme_quotes_the_example():
     [quote] = re.findall(r"^```diff\n(.*?)^```", TEXT["README.md"], re.M | re.S)
     diff = (ROOT / "docs/examples/rebel.diff").read_text().splitlines()

@@ -1,5 +1,4 @@
-"""evaluate.py, limit.py and plot_frontier.py: estimates against exact values, tables against
-counting, a judge against a small local server, and runs that come from anywhere."""
+"""evaluate.py, limit.py, plot_frontier.py: against exact values, counting and a local judge."""
 
 import itertools
 import json
@@ -11,12 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import KILL, TINY, Script, lines, run, write_rows
+from conftest import KILL, TINY, lines, refused, run, write_rows
 
 import evaluate
 import limit
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------------------------------- limit.py
@@ -66,8 +63,7 @@ def test_a_killed_limit_goes_on_unless_model_or_reward_have_changed(tmp_path):
 
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     second_save = (f"os.path.exists('a/samples.pt') and {KILL}", "os.rename", "samples.part")
-    process = Script("limit", *flags, "--output-dir", "a", cwd=tmp_path, disturb=second_save)
-    assert process.wait()[0] == -9, process.said()
+    run("limit", *flags, "--output-dir", "a", cwd=tmp_path, disturb=second_save, code=-9)
     before = torch.load(tmp_path / "a/samples.pt")["values"]["reward"]
     numbers, rewards = make(tmp_path / "a", 44)  # rounded up
     whole, all_rewards = make(tmp_path / "b", 48)
@@ -120,6 +116,7 @@ MISTAKES = [  # script, flags, what the sentence names
     ("evaluate", "run/model", "--dataset"),
     ("evaluate", "larger tiny", "larger"),
     ("evaluate", "tiny --temperature 0", "--temperature"),
+    ("limit", "--temperature 0", "--temperature"),
     ("plot_frontier", "a --output f.jpeg", "--output f.jpeg"),
     ("plot_frontier", "a twice", "seed"),
     ("plot_frontier", "a hh", "dataset"),
@@ -129,8 +126,7 @@ MISTAKES = [  # script, flags, what the sentence names
 
 @pytest.mark.parametrize("script, flags, named", MISTAKES)
 def test_a_mistake_is_told_in_a_sentence(script, flags, named, folder):
-    said = run(script, *flags.split(), cwd=folder, code=2)
-    assert named in said.rpartition(f"{script}.py: ")[2]
+    assert named in refused(script, *flags.split(), cwd=folder)
 
 
 # -------------------------------------------------------------------------------- plot_frontier.py

@@ -1,11 +1,9 @@
-"""Every loss against its formula, written otherwise and in float64, and the identities that make it
-what it is."""
+"""Every loss against its formula, written otherwise, and the identities that make it what it is."""
 
 import math
 from functools import partial
 from itertools import product
-from statistics import fmean as mean
-from statistics import pstdev
+from statistics import fmean, pstdev
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +23,6 @@ import reward_model
 import rloo
 import sft
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 R = 10.0  # the bound of importance weights
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 RESPONSES = list(product(range(3), range(2)))  # places of those in random_tokens
@@ -224,12 +221,9 @@ CASES = [(name, options) for name in LOSSES for options in LOSSES[name][2]]
 
 
 def random_pairs(spread, K=4):
-    """log π_θ, log π_old, log π_ref and rewards [8, K]; π_θ is `spread` nats away from π_old.
-
-    Prompt 0 has equal rewards, and prompt 1 equal log-ratios to the reference.
-    """
+    """log π_θ, log π_old, log π_ref and rewards [8, K]; π_θ is `spread` nats away from π_old."""
     logps, old, ref, rewards = normal(4, 8, K)
-    rewards[0], ref[1] = 0.7, 0.0
+    rewards[0], ref[1] = 0.7, 0.0  # prompts of equal rewards, and of equal h
     logps = 10 * logps - 40
     return [logps, logps - spread * old, logps + 10 * ref, rewards]
 
@@ -300,6 +294,7 @@ FAMILY = {  # functions of log π_θ, log π_old, log π_ref, rewards, β and ε
     "p3o_v2": partial(p3o_v2.pairwise_loss, ratio_bound=R),
     "rloo": rloo.policy_loss,
 }
+OWN = [*product(FAMILY, [True]), ("p3o_v1", False), ("p3o_v2", False)]
 each_loss = pytest.mark.parametrize("name", FAMILY)
 
 
@@ -336,12 +331,9 @@ def test_before_the_first_step_p3o_and_rloo_have_one_gradient(K):
         assert_close(other, first, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    "name, own", [*product(FAMILY, [True]), ("p3o_v1", False), ("p3o_v2", False)]
-)
+@pytest.mark.parametrize("name, own", OWN)
 def test_the_expected_gradient_is_that_of_the_objective(name, own):
-    """Exactly, of a policy with 4 responses. P3O's importance weights keep it for samples that are
-    not its own, without clipping and with a bound out of reach."""
+    """Of a policy with 4 responses; P3O's, with no bound, also from samples of another policy."""
     logits, old_logits, ref_logits, rewards = normal(4, 4)
     logits.requires_grad_()
     logps, ref_logps = logits.log_softmax(0), ref_logits.log_softmax(0)
@@ -395,7 +387,7 @@ def test_advantages_are_whitened_sums_of_all_that_follows(beta, gamma, lam):
     padded = [x.masked_fill(~mask, 1e3) for x in (log_ratios, values)]
     args = SimpleNamespace(beta=beta, gamma=gamma, lam=lam)
     advantages, returns, metrics = ppo.token_advantages(TWO, rewards, *padded, mask, args)
-    whitened = [(x - mean(plain)) / pstdev(plain) for x in plain]
+    whitened = [(x - fmean(plain)) / pstdev(plain) for x in plain]
     assert_close(advantages[mask].tolist(), whitened, rtol=1e-7, atol=1e-7)
     assert_close(returns[mask].tolist(), expected_returns, **CLOSE)
     assert metrics["value/advantage_std"].item() == pytest.approx(pstdev(plain), rel=1e-7)

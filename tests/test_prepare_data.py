@@ -6,7 +6,7 @@ import json
 
 import pytest
 import tyro
-from conftest import TINY, run, write_rows
+from conftest import TINY, lines, refused, run, write_rows
 from datasets import Dataset, DatasetDict
 from tokenizers import processors
 from transformers import AutoTokenizer
@@ -14,13 +14,11 @@ from transformers import AutoTokenizer
 from prepare_data import Args, UserError, main
 
 EOS = "<|endoftext|>"
-CHAT = (
-    "{{ bos_token }}{% for t in tools or [] %}<tool>{{ t | tojson }}{% endfor %}"
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
-    "{% for key in m['about'] or [] %}({{ key }}){% endfor %}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+CHAT = "{{ bos_token }}{% for t in tools or [] %}<tool>{{ t | tojson }}{% endfor %}"
+CHAT += "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+CHAT += "{% for key in m['about'] or [] %}({{ key }}){% endfor %}"
+CHAT += "{% if m['role'] == 'assistant' %}{{ eos_token }}\n{% endif %}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
 PAIRS = [{"prompt": f"Say {i}.", "chosen": " Yes.", "rejected": " No."} for i in range(24)]
 
 
@@ -35,10 +33,6 @@ def chat(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-def lines(file):
-    return [json.loads(line) for line in file.read_bytes().decode().split("\n")[:-1]]
 
 
 class Result:
@@ -72,20 +66,19 @@ def test_files_of_all_kinds_give_the_same_texts_and_nothing_else(tmp_path):
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text))
     expected = Result(tmp_path, rows)
     assert expected.rows == sorted(rows, key=lambda row: row["prompt"])
-    names = "rows.parquet rows.csv rows.json saved folder marked.jsonl rows.jsonl.gz"
-    for name in names.split():
+    for name in "rows.parquet rows.csv rows.json saved folder marked.jsonl rows.jsonl.gz".split():
         found = Result(tmp_path, tmp_path / name)
         assert (found.train, found.test) == (expected.train, expected.test), name
 
 
-@pytest.mark.parametrize(
-    "names, split, expected",
-    [
-        ("train test validation", "", "train test"),
-        ("train_prefs train_sft test_prefs", "train_prefs,test_prefs", "train_prefs test_prefs"),
-        ("train test", "test", "test"),
-    ],
-)
+SPLITS = [  # names, the flag, those that are used
+    ("train test validation", "", "train test"),
+    ("train_prefs train_sft test_prefs", "train_prefs,test_prefs", "train_prefs test_prefs"),
+    ("train test", "test", "test"),
+]
+
+
+@pytest.mark.parametrize("names, split, expected", SPLITS)
 def test_splits_go_by_their_names_or_by_the_flag(names, split, expected, tmp_path):
     splits = {x: Dataset.from_list([{"prompt": f"{x} {i}"} for i in "12"]) for x in names.split()}
     DatasetDict(splits).save_to_disk(tmp_path / "saved")
@@ -286,5 +279,4 @@ def test_a_run_shows_two_rows_with_ids_and_the_share_of_long_texts(chat, tmp_pat
     assert all(character.isprintable() or character == "\n" for character in said)
     assert said.count(f"[<s> {tokenizer.bos_token_id}]") == 2
     assert said.count(f"[{EOS} {tokenizer.eos_token_id}]") == 4
-    said = run("prepare_data", *flags, cwd=tmp_path, code=2)
-    assert said.startswith("prepare_data.py: ") and "--overwrite" in said
+    assert "--overwrite" in refused("prepare_data", *flags, cwd=tmp_path)

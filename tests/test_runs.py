@@ -1,5 +1,4 @@
-"""Every script as its users run it, with small sizes: what a run leaves, and what settings do.
-Before that the built-in world: its data, its true reward, and what its two models promise."""
+"""The built-in world, and every script as its users run it: what runs leave, what settings do."""
 
 import json
 import os
@@ -14,19 +13,21 @@ import torch
 from conftest import (
     EVALUATIONS,
     EVERY,
-    OFFLINE,
     ONLINE,
     ROOT,
+    SCORED,
     SHORT,
     TINY,
+    assert_same,
     build,
     events_of,
     lines,
     run,
     save,
     tiny_rows,
-    without_times,
+    write_reward,
     write_rows,
+    write_splits,
 )
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -38,9 +39,6 @@ sys.path.insert(0, str(TINY))
 import data as tiny_data  # noqa: E402
 import gold  # noqa: E402
 import grammar  # noqa: E402
-
-SCORED = (*ONLINE, *OFFLINE)  # they start at the SFT policy, and evaluate by rewards
-GIVEN = ["--reward-fn", "reward.py:f"]
 
 
 # ------------------------------------------------------------------------------ the built-in world
@@ -74,8 +72,7 @@ def test_the_true_reward_wants_what_its_docstring_says():
 
 
 def test_the_models_of_the_world_are_as_good_as_promised():
-    """The policy speaks the grammar, with answers of different worth; the reward model is about as
-    good as the truth on noisy labels."""
+    """The policy speaks the grammar; the reward model predicts labels nearly as the truth does."""
     tokenizer = AutoTokenizer.from_pretrained(TINY / "sft")
     rows = lines(TINY / "data/test.jsonl")
     prompts = dpo.encode_prompts(tokenizer, [row["prompt"] for row in rows])
@@ -99,10 +96,6 @@ def test_the_models_of_the_world_are_as_good_as_promised():
 
 
 # ---------------------------------------------------------------------------- what a run leaves
-def write_reward(folder, result="range(len(prompts))"):
-    (folder / "reward.py").write_text(f"def f(prompts, responses):\n    return {result}\n")
-
-
 def changed(start, end):
     """Names of the weights in which two saved models differ, but for rounding to bfloat16."""
     start, end = (load_file(folder / "model.safetensors") for folder in (start, end))
@@ -126,8 +119,6 @@ def test_a_run_leaves_its_settings_logs_and_a_model(script, finished):
         assert [event.step for event in events.Scalars(key)] == [1, 2, 3]
         found = [event.value for event in events.Scalars(key)]
         assert found == pytest.approx([row[key] for row in metrics], rel=1e-5, abs=1e-30)
-    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
-    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-000003.pt"]
     kind = AutoModelForCausalLM if script != "reward_model" else AutoModelForSequenceClassification
     _, info = kind.from_pretrained(folder / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -139,9 +130,7 @@ def test_a_run_leaves_its_settings_logs_and_a_model(script, finished):
 
 
 @pytest.mark.parametrize("script", SCORED)
-def test_a_policy_starts_at_the_reference_leaves_it_and_shows_held_out_answers(
-    script, finished, data
-):
+def test_a_policy_leaves_the_reference_and_shows_held_out_answers(script, finished, data):
     start, *_, end = lines(finished(script) / "frontier.jsonl")
     assert start["kl"] == 0 and start["win_rate_vs_sft"] == 0.5 and end["kl"] != 0
     first, *others = lines(finished(script) / "metrics.jsonl")
@@ -162,14 +151,13 @@ def test_a_policy_starts_at_the_reference_leaves_it_and_shows_held_out_answers(
 def test_a_script_learns_in_a_few_updates(script, tmp_path):
     """To answer briefly, or what is held out as well, so that a few steps suffice."""
     rows = tiny_rows("train", 24)
-    write_rows(tmp_path / "data/train.jsonl", rows)
     others = [{**row, "prompt": row["prompt"] + " "} for row in rows]
-    write_rows(tmp_path / "data/test.jsonl", others)
-    write_reward(tmp_path, "[-len(y) / 10 for y in responses]")
+    write_splits(tmp_path / "data", rows, others)
     options = "--eval-every 0 --learning-rate 3e-3 --dataset data --output-dir run".split()
     if script in ONLINE:
         options += "--num-updates 6 --prompts-per-update 8 --minibatch-size 4".split()
-        options += [*GIVEN, "--num-epochs", 1, "--max-response-tokens", 12]
+        options += ["--num-epochs", 1, "--max-response-tokens", 12]
+        options += write_reward(tmp_path, "[-len(y) / 10 for y in responses]")
     else:
         options += "--num-updates 8 --minibatch-size 8 --max-response-tokens 16".split()
     options += ["--lam", 1] if script == "ppo" else []
@@ -190,14 +178,12 @@ def test_a_script_learns_in_a_few_updates(script, tmp_path):
 def test_checkpointing_and_micro_batches_change_rounding_only(script, flags, finished, tmp_path):
     more = ["--gradient-checkpointing", "--micro-batch-size", 1, "--num-updates", 1]
     run(script, *flags[script], *more, cwd=tmp_path)
-    [found] = without_times(lines(tmp_path / "run/metrics.jsonl"))
-    expected = lines(finished(script) / "metrics.jsonl")[0]
+    found = lines(tmp_path / "run/metrics.jsonl")
+    expected = lines(finished(script) / "metrics.jsonl")[:1]
     of_a_part = r"lr|val/.*|policy/(ratio_max|.*_std)|value/(clip|explained).*"
     if script == "mpo":  # as many samples of the reference are drawn at a time
         of_a_part += "|policy/(loss|ref_sample_logps)|grad_norm"
-    for key in found:
-        if not re.fullmatch(of_a_part, key):
-            assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
+    assert_same(found, expected, of_a_part, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("script", EVERY)
@@ -228,30 +214,20 @@ def test_bfloat16_starts_at_the_reference_to_the_bit(script, flags, finished, tm
 # ------------------------------------------------------------------------ models and data forms
 @pytest.mark.parametrize("script", EVERY)
 def test_learned_positions_are_used_to_the_last_and_never_beyond(script, tmp_path):
-    """64 of them: 16 for the response, 48 for the prompt; one prompt more is too long.
-
-    One prompt is held out: there is no standard error then, but what is logged is JSON.
-    """
+    """64 of them: 16 for the response, 48 for the prompt. A prompt of 49 tokens is dropped. One is
+    held out: there is no standard error then, but what is logged is JSON."""
     save(build("gpt2", "policy", seed=1, vocab_size=768), tmp_path / "gpt2")
-    write_reward(tmp_path)
-    rows = []
-    for number, length in enumerate([48, 48, 48, 9, 47, 48, 49]):  # tokens
-        answers = {"completion": " Wash it." * 9, "chosen": " Wash." * 12, "rejected": " No."}
-        rows.append({"prompt": f"{number}" + " the" * (length - 1), **answers})
-    write_rows(tmp_path / "data/train.jsonl", rows[1:])
-    write_rows(tmp_path / "data/test.jsonl", rows[:1])
+    answers = {"completion": " Wash it." * 9, "chosen": " Wash." * 12, "rejected": " No."}
+    tokens = enumerate([48, 48, 48, 9, 47, 48, 49])
+    rows = [{"prompt": f"{i}" + " the" * (n - 1), **answers} for i, n in tokens]
+    write_splits(tmp_path / "data", rows[1:], rows[:1])
     options = [*SHORT[script], "--num-updates", 2, "--max-response-tokens", 16, "--model", "gpt2"]
     if script in ONLINE:
-        options += [*GIVEN, "--missing-eos-penalty", 1]
+        options += [*write_reward(tmp_path), "--missing-eos-penalty", 1]
     if script == "ppo":
         options += ["--num-responses", 1]  # which the others cannot compare with another
     said = run(script, *options, "--dataset", "data", "--output-dir", "run", cwd=tmp_path)
-    [counted] = [line for line in said.splitlines() if line.startswith("training")]
-    if script in ONLINE:
-        # Kept, rows, repeated, otherwise dropped, too long, the limit
-        assert re.findall(r"\d+", counted) == ["5", "6", "0", "0", "1", "48"]
-    else:
-        assert "5 examples" in counted and "prompts of more than 48 tokens dropped': 1" in counted
+    assert re.search("training +5 .* 48 tokens", said)  # 5 of 6 are kept
     assert len(lines(tmp_path / "run/metrics.jsonl")) == 2
     evaluations = lines(tmp_path / f"run/{EVALUATIONS[script]}.jsonl")
     assert [row["step"] for row in evaluations] == [0, 2]
@@ -261,8 +237,7 @@ def test_learned_positions_are_used_to_the_last_and_never_beyond(script, tmp_pat
 def test_a_model_whose_training_ignores_its_window_is_refused(script, data, tmp_path):
     """Sampling forgets what is outside, training does not."""
     save(build("mistral", "policy", seed=1, vocab_size=768), tmp_path / "mistral")
-    write_reward(tmp_path)
-    options = [*SHORT[script], "--model", "mistral", *GIVEN, "--dataset", data]
+    options = [*SHORT[script], "--model", "mistral", *write_reward(tmp_path), "--dataset", data]
     said = run(script, *options, cwd=tmp_path, code=2)
     assert "--model mistral" in said.rpartition(f"{script}.py: ")[2]
     assert not list(tmp_path.rglob("checkpoint-*"))

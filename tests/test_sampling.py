@@ -3,35 +3,20 @@
 import copy
 import math
 from collections import Counter
+from functools import partial
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import V, build
-from test_logprobs import (
-    assert_near,
-    each,
-    each_shape,
-    plain_logprobs,
-    some_ids,
-    some_rows,
-)
+from test_logprobs import assert_near, each, each_shape, plain_logprobs, some_ids, some_rows
 from transformers import GenerationConfig
 
-from dpo import generate_responses
-from p3o_v2 import (
-    UserError,
-    check_agreement,
-    lengths_and_ends,
-    response_logps,
-    sample_responses,
-    seeded,
-    shuffled,
-)
+from dpo import Args, generate_responses, seeded, shuffled
+from p3o_v2 import UserError, check_agreement, lengths_and_ends, response_logps, sample_responses
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 NEVER = [V]  # an end id that no model can sample
+drawing = partial(Args, micro_batch_size=2, max_response_tokens=12)
 
 
 def some_noise(*shape):
@@ -55,8 +40,7 @@ def two_end_ids(responses):
 
 # ------------------------------------------------------------------------------- sample_responses
 def inverted(model, x, noise, temperature):
-    """The first token whose cumulative probability exceeds the noise, again and again, from
-    forwards of one row without a cache."""
+    """Each token the first whose cumulative probability exceeds the noise, without a cache."""
     ids = x
     for u in noise:
         cdf = (model(ids[None]).logits[0, -1] / temperature).softmax(0).cumsum(0)
@@ -83,6 +67,7 @@ def test_a_response_is_the_same_alone_and_in_any_batch(shape):
     assert_near(logprobs.double().sum(-1), response_logps(policy, prompts, responses, 0.9))
 
 
+@torch.no_grad()
 def test_rare_tokens_keep_their_share():
     """One of probability 1e-8: noise around it in steps of 1e-10."""
     policy, head = build("llama", "policy", seed=4), torch.nn.Linear(32, V)
@@ -90,11 +75,8 @@ def test_rare_tokens_keep_their_share():
     head.bias.data.fill_(-1e9)
     head.bias.data[:3] = torch.tensor([0.5, 1e-8, 0.5]).log()
     policy.set_output_embeddings(head)
-    noise = 0.5 + torch.arange(-5000, 5000, dtype=torch.float64) * 1e-10
-    with torch.no_grad():
-        [(responses, _)] = sample_responses(
-            policy, [some_ids(3, 0)], noise.view(1, -1, 1), 1, NEVER
-        )
+    noise = (0.5 + torch.arange(-5000, 5000, dtype=torch.float64) * 1e-10).view(1, -1, 1)
+    [(responses, _)] = sample_responses(policy, [some_ids(3, 0)], noise, 1, NEVER)
     tokens = torch.cat(responses)
     assert tokens.unique().tolist() == [0, 1, 2] and (tokens.diff() >= 0).all()
     assert (tokens == 1).sum().item() == pytest.approx(100, abs=2)
@@ -103,9 +85,7 @@ def test_rare_tokens_keep_their_share():
 @torch.no_grad()
 def test_a_prompt_is_read_once_for_its_responses():
     policy, shapes = build("llama", "policy", seed=1), []
-    policy.base_model.register_forward_pre_hook(
-        lambda module, inputs: shapes.append(tuple(inputs[0].shape))
-    )
+    policy.base_model.register_forward_pre_hook(lambda _, ids: shapes.append((*ids[0].shape,)))
     prompts, responses = some_rows(3)
     sample_responses(policy, prompts, some_noise(5, 3, 3), 1.0, NEVER)
     response_logps(policy, prompts, responses, 1.0)
@@ -114,7 +94,7 @@ def test_a_prompt_is_read_once_for_its_responses():
 
 @pytest.mark.parametrize("dtype, limit", [("float32", 0.5), ("bfloat16", 2)])
 def test_a_policy_that_is_not_the_one_that_sampled_is_refused(dtype, limit):
-    args = SimpleNamespace(dtype=dtype, model="a_model")
+    args = Args(dtype=dtype, model="a_model", max_response_tokens=100)
     logps = torch.tensor([[-40.0, -50.0], [-60.0, -70.0]], dtype=torch.float64)
     others = logps.clone()
     others[1, 0] -= 0.9 * limit
@@ -126,11 +106,6 @@ def test_a_policy_that_is_not_the_one_that_sampled_is_refused(dtype, limit):
 
 
 # ------------------------------------------------------------- sampling by the library's generate
-def drawing(**changes):
-    args = {"seed": 1, "temperature": 1.0, "micro_batch_size": 2, "max_response_tokens": 12}
-    return SimpleNamespace(**args | changes)
-
-
 @each_shape
 @pytest.mark.parametrize("vocabulary, length", [(100, 1), (6, 2)])
 @torch.no_grad()
@@ -179,7 +154,6 @@ def test_lengths_and_ends_are_those_of_the_responses():
     responses = [[torch.tensor([5, 0]), torch.tensor([0, 5])], [torch.tensor([9]), torch.arange(3)]]
     lengths, ended = lengths_and_ends(responses, [0, 9], "cpu")
     assert lengths.tolist() == [[2, 2], [1, 3]] and ended.tolist() == [[1, 0], [1, 0]]
-    assert lengths.dtype == ended.dtype == torch.float64
 
 
 def test_every_row_comes_once_in_every_pass_however_many_are_asked_for():

@@ -1,4 +1,4 @@
-"""The true preference of the embedded world: what people there really want.
+"""The true (gold) reward of the built-in world.
 
 An answer is better the more it gives of what was asked for, politely and without waste.
 

@@ -1,4 +1,4 @@
-"""The embedded world: a small English help desk in the format of Anthropic's HH.
+"""The built-in world: a small English help desk in the format of Anthropic's HH.
 
 A person asks how to do one of 30 everyday things, in one of 8 phrasings and with one of 5 wishes
 for length:

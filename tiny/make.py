@@ -1,4 +1,4 @@
-"""Make the embedded world from nothing: data, tokenizer, configuration, SFT policy, reward model.
+"""Make the built-in world from nothing: data, tokenizer, configuration, SFT policy, reward model.
 
     python tiny/make.py                  everything, and then measure how good it is
     python tiny/make.py --check-only     measure what is there

@@ -1,4 +1,4 @@
-r"""A reward model with tokens of its own, as most on the hub have, for --reward-fn: it reads text.
+r"""A reward model with its own tokenizer, like most on the hub, for --reward-fn.
 
     python p3o_v2.py --model pythia-1b --dataset hh --reward-fn docs/examples/classifier.py:score
 
@@ -6,8 +6,7 @@ Change NAME in a copy for another model. Any sequence classifier with one output
 reads depends on what it is:
 * with a chat template: the turns of the dialogue where the prompt has HH's form ("\n\nHuman: …"),
   else prompt and response as one turn each. A prompt that prepare_data.py wrote with the policy's
-  chat template arrives without special tokens. `as_read` is the place to take it apart, and refuses
-  what looks like it.
+  chat template arrives without special tokens: `as_read` raises an error, so split it there.
 * an encoder: prompt and response as a pair, as in tokenizer(x, y).
 * another decoder: prompt and response as one text, with nothing after it. Its card says whether
   that is what it was made for.
