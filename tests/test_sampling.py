@@ -12,8 +12,9 @@ from conftest import V, build
 from test_logprobs import assert_near, each, each_shape, plain_logprobs, some_ids, some_rows
 from transformers import GenerationConfig
 
-from dpo import Args, generate_responses, seeded, shuffled
+from dpo import Args, generate_responses
 from p3o_v2 import UserError, check_agreement, lengths_and_ends, response_logps, sample_responses
+from sft import seeded, shuffled
 
 NEVER = [V]  # an end id that no model can sample
 drawing = partial(Args, micro_batch_size=2, max_response_tokens=12)
