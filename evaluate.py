@@ -195,8 +195,8 @@ def load_model(auto_class, name, device, args, trainable=False):
         _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
         if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
             raise UserError(f"{name} is not supported: scaled logits, ALiBi or recurrence")
-    set_up_model(model.to(device), args, trainable)
-    return model
+    set_up_model(model, args, trainable)
+    return model.to(device)
 
 
 def set_up_model(model, args, trainable):
@@ -212,6 +212,8 @@ def set_up_model(model, args, trainable):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the head stays in float32, with TF32 products
+        # cuDNN's attention plans every new shape anew, and may give NaN with a mask.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         # Frozen weights are rounded as autocast rounds the trained ones.
         for module in model.base_model.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -316,6 +318,7 @@ def decode_texts(tokenizer, prompts, responses):
     return rows
 
 
+@torch.autocast("cuda", enabled=False)  # a user's model keeps its precision
 def text_rewards(function, tokenizer, prompts, responses):
     """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
     rows = decode_texts(tokenizer, prompts, responses)
@@ -372,6 +375,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     mask = pad([torch.ones_like(prompt) for prompt in prompts]).to(device)
     cache = DynamicCache(config=model.config)
+    # Under autocast, keys come in float32 and values in bfloat16: cache both in bfloat16.
+    cache.update = lambda k, v, layer: DynamicCache.update(cache, k.type_as(v), v, layer)
 
     def next_logits(input_ids, mask):
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
@@ -487,12 +492,13 @@ def seeded(*purpose):
 
 def answer_prompts(policy, reference, prompts, end_ids, reward_fns, args):
     """Answer the prompts. Returns the responses, B lists of one, and {measure: [B] float64}."""
-    size = (len(prompts), 1, args.max_response_tokens)
-    generator = seeded(args.seed, "eval")  # the noise of the training scripts' evaluations
-    noise = torch.rand(size, dtype=torch.float64, generator=generator)
+    noise = torch.rand(
+        (len(prompts), 1, args.max_response_tokens),
+        dtype=torch.float64,
+        generator=seeded(args.seed, "eval"),  # as in the training scripts' evaluations
+    )
     sampler = partial(sample_responses, policy, temperature=args.temperature, end_ids=end_ids)
-    rows = in_batches(sampler, prompts, noise, batch_size=args.sample_batch_size)
-    responses = [group for group, _ in rows]
+    responses, _ = zip(*in_batches(sampler, prompts, noise, batch_size=args.sample_batch_size))
     values = {name: function(prompts, responses) for name, function in reward_fns.items()}
     kl = partial(response_kl, policy, reference, temperature=args.temperature)
     values["kl"] = in_batches(kl, prompts, responses, batch_size=args.micro_batch_size)
@@ -521,13 +527,13 @@ def ask_judge(questions, args):
     client = openai.OpenAI(
         base_url=args.judge_url or None,
         api_key=os.environ.get("OPENAI_API_KEY", "none"),  # local servers need none
-        max_retries=5,
     )
 
     def ask(question):
         # At the judge's own temperature and length limit: some accept no other.
-        message = {"role": "user", "content": question}
-        answer = client.chat.completions.create(model=args.judge_model, messages=[message])
+        answer = client.chat.completions.create(
+            model=args.judge_model, messages=[{"role": "user", "content": question}]
+        )
         return answer.choices[0].message.content or ""
 
     new = [question for question in dict.fromkeys(questions) if question not in replies]
@@ -619,18 +625,20 @@ def main(args):
     reference = load_model(AutoModelForCausalLM, reference_path, device, args)
     tokenizer, _ = load_tokenizer(reference_path, reference)
     reward_fns = load_rewards(args.reward_model, tokenizer, device, args)
-    max_positions = getattr(reference.config, "max_position_embeddings", sys.maxsize)
-    longest = min(args.max_prompt_tokens, max_positions - args.max_response_tokens)
+    longest = min(
+        args.max_prompt_tokens,
+        getattr(reference.config, "max_position_embeddings", sys.maxsize)
+        - args.max_response_tokens,
+    )
     prompts, _ = load_prompts(tokenizer, longest, args)
     prompts = sorted(prompts[: args.eval_prompts], key=len)  # as the training scripts do
     texts, values = [], []
-    autocast = torch.autocast(device.type, torch.bfloat16, args.dtype == "bfloat16")
     for path in paths:
         policy = load_model(AutoModelForCausalLM, path, device, args)
         own_tokenizer, end_ids = load_tokenizer(path, policy)
         if own_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise UserError(f"{path} and the reference {reference_path} differ in vocabulary")
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, args.dtype == "bfloat16"):
             responses, measures = answer_prompts(
                 policy, reference, prompts, end_ids, reward_fns, args
             )

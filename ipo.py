@@ -316,8 +316,8 @@ def load_model(auto_class, name, device, args, trainable=False):
         _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
         if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
             raise UserError(f"{name} is not supported: scaled logits, ALiBi or recurrence")
-    set_up_model(model.to(device), args, trainable)
-    return model
+    set_up_model(model, args, trainable)
+    return model.to(device)
 
 
 def set_up_model(model, args, trainable):
@@ -333,6 +333,8 @@ def set_up_model(model, args, trainable):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the head stays in float32, with TF32 products
+        # cuDNN's attention plans every new shape anew, and may give NaN with a mask.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         # Frozen weights are rounded as autocast rounds the trained ones.
         for module in model.base_model.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -386,7 +388,7 @@ def split_dialogue(row):
     parts = {"prompt": prompt}
     for key in ("chosen", "rejected"):
         text = row.get(key) or ""
-        parts[key] = text[len(prompt) :] if text.startswith(prompt) else ""
+        parts[key] = text.removeprefix(prompt) if text.startswith(prompt) else ""
     return parts
 
 
@@ -407,15 +409,14 @@ def encode_responses(tokenizer, texts, end_ids, longest, counts):
     return responses
 
 
-def load_examples(tokenizer, end_ids, longest, columns, args):
+def load_examples(tokenizer, end_ids, longest, keys, args):
     """Held-out and training examples, pairs of a prompt and a list of its responses, and their CRC.
 
-    The rows have the columns prompt and `columns` (completion defaults to chosen), or chosen and
-    rejected alone, as in HH. Prompts of more than `longest` tokens are dropped. Raises UserError
-    for data in another form.
+    The rows have the columns `keys` (completion defaults to chosen), or chosen and rejected alone,
+    as in HH. Prompts of more than `longest` tokens are dropped. Raises UserError for data in
+    another form.
     """
     parts, held_out, crc = [], set(), 0
-    keys = ("prompt", *columns)
     for name, split in zip(("held-out", "training"), load_splits(args)):
         counts, rows, examples = Counter(), [], []
         for row in split:
@@ -478,6 +479,7 @@ def decode_texts(tokenizer, prompts, responses):
     return rows
 
 
+@torch.autocast("cuda", enabled=False)  # a user's model keeps its precision
 def text_rewards(function, tokenizer, prompts, responses):
     """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
     rows = decode_texts(tokenizer, prompts, responses)
@@ -511,11 +513,11 @@ def load_rewards(reward_name, tokenizer, device, args):
 
 
 # -------------------------------------------------------------------------------------- training
-def lr_factor(step, args):
-    """The factor of --learning-rate at a step, counted from 0."""
-    if step < args.warmup_updates:
-        return (step + 1) / args.warmup_updates
-    done = (step - args.warmup_updates) / (args.num_updates - args.warmup_updates)
+def lr_factor(update, args):
+    """The factor of --learning-rate at an update, counted from 1."""
+    if update <= args.warmup_updates:
+        return update / args.warmup_updates
+    done = (update - 1 - args.warmup_updates) / (args.num_updates - args.warmup_updates)
     factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return factors[args.lr_schedule]
 
@@ -660,10 +662,12 @@ def main(args):
     reference = load_model(AutoModelForCausalLM, policy_name, device, args)
     tokenizer, end_ids = load_tokenizer(policy_name, policy)
     reward_fns = load_rewards(reward_name, tokenizer, device, args)
-    max_positions = getattr(policy.config, "max_position_embeddings", sys.maxsize)
-    longest = min(args.max_prompt_tokens, max_positions - args.max_response_tokens)
+    longest = min(
+        args.max_prompt_tokens,
+        getattr(policy.config, "max_position_embeddings", sys.maxsize) - args.max_response_tokens,
+    )
     eval_examples, examples, data_crc = load_examples(
-        tokenizer, end_ids, longest, ("chosen", "rejected"), args
+        tokenizer, end_ids, longest, ("prompt", "chosen", "rejected"), args
     )
     examples.sort(key=lambda example: len(example[0]))  # neighbours have similar lengths
     # One pair for each held-out prompt
@@ -684,7 +688,7 @@ def main(args):
     )
     state = {"update": 0, "data_crc": data_crc}
     if saved:
-        state = torch.load(saved, map_location="cpu")
+        state = torch.load(saved, "cpu")
         if state["data_crc"] != data_crc:
             raise UserError(f"--dataset {args.dataset} has changed since {saved}")
         policy.load_state_dict(state.pop("model"))
@@ -698,8 +702,11 @@ def main(args):
     @autocast()
     def logps_of(model, examples):
         """log π(y|x) of the responses of n examples under a model, [n, K] float64."""
-        function = partial(response_logps, model, temperature=args.temperature)
-        return in_batches(function, *zip(*examples), batch_size=args.micro_batch_size)
+        return in_batches(
+            partial(response_logps, model, temperature=args.temperature),
+            *zip(*examples),
+            batch_size=args.micro_batch_size,
+        )
 
     @autocast()
     def answer(model):
@@ -758,13 +765,14 @@ def main(args):
             logps = logps_of(policy, batch)  # [B, 2]
             logps = torch.cat([logps, ref_logps[micro]], 1)  # [B, 4]
             if args.average_logprobs:
-                lengths = [[len(y) for y in pair] * 2 for _, pair in batch]  # [B, 4]
-                logps /= torch.tensor(lengths, device=device)
+                logps /= torch.tensor(
+                    [[len(y) for y in pair] * 2 for _, pair in batch], device=device
+                )
             loss, metrics = preference_loss(*logps.T, args.tau)
             (loss * len(micro) / len(minibatch)).backward()
             stats.append(metrics)
         grad_norm = clip_gradients(accelerator, policy, args.max_grad_norm)
-        lr = args.learning_rate * lr_factor(update - 1, args)
+        lr = args.learning_rate * lr_factor(update, args)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()

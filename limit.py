@@ -119,7 +119,7 @@ PUBLIC_MODELS = {
     "sft": "trl-lib/pythia-{}-deduped-tldr-sft",
     "reward_model": "cleanrl/EleutherAI_pythia-{}-deduped__reward__tldr",
 }
-MAY_BE_ZERO = ("seed",)
+MAY_BE_ZERO = ["seed"]
 MAY_CHANGE = ("output_dir", "num_samples", "micro_batch_size", "sample_batch_size")
 ROUND = 16  # samples per prompt that are drawn, and saved, at a time
 
@@ -183,8 +183,8 @@ def load_model(auto_class, name, device, args, trainable=False):
         _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
         if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
             raise UserError(f"{name} is not supported: scaled logits, ALiBi or recurrence")
-    set_up_model(model.to(device), args, trainable)
-    return model
+    set_up_model(model, args, trainable)
+    return model.to(device)
 
 
 def set_up_model(model, args, trainable):
@@ -200,6 +200,8 @@ def set_up_model(model, args, trainable):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the head stays in float32, with TF32 products
+        # cuDNN's attention plans every new shape anew, and may give NaN with a mask.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         # Frozen weights are rounded as autocast rounds the trained ones.
         for module in model.base_model.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -304,6 +306,7 @@ def decode_texts(tokenizer, prompts, responses):
     return rows
 
 
+@torch.autocast("cuda", enabled=False)  # a user's model keeps its precision
 def text_rewards(function, tokenizer, prompts, responses):
     """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
     rows = decode_texts(tokenizer, prompts, responses)
@@ -360,6 +363,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     mask = pad([torch.ones_like(prompt) for prompt in prompts]).to(device)
     cache = DynamicCache(config=model.config)
+    # Under autocast, keys come in float32 and values in bfloat16: cache both in bfloat16.
+    cache.update = lambda k, v, layer: DynamicCache.update(cache, k.type_as(v), v, layer)
 
     def next_logits(input_ids, mask):
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
@@ -483,10 +488,9 @@ def limit_numbers(values):
     for k in range(int(math.log2(N)) - 1):
         n = 2**k  # up to a quarter of N
         best.append({"n": n, "kl": math.log(n) - (n - 1) / n, **best_of_n(values, n)})
-    numbers = {"num_samples": N, "num_prompts": B}
-    for name, value in values.items():
-        numbers[f"ref_{name}"] = value.mean().item()
-    return {**numbers, "curve": curve.to_dict("records"), "best_of_n": best}
+    means = {f"ref_{name}": value.mean().item() for name, value in values.items()}
+    curve = curve.to_dict("records")
+    return {"num_samples": N, "num_prompts": B, **means, "curve": curve, "best_of_n": best}
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -517,8 +521,11 @@ def main(args):
     reference = load_model(AutoModelForCausalLM, policy_name, device, args)
     tokenizer, end_ids = load_tokenizer(policy_name, reference)
     reward_fns = load_rewards(reward_name, tokenizer, device, args)
-    max_positions = getattr(reference.config, "max_position_embeddings", sys.maxsize)
-    longest = min(args.max_prompt_tokens, max_positions - args.max_response_tokens)
+    longest = min(
+        args.max_prompt_tokens,
+        getattr(reference.config, "max_position_embeddings", sys.maxsize)
+        - args.max_response_tokens,
+    )
     prompts, _ = load_prompts(tokenizer, longest, args)
     prompts = sorted(prompts[: args.eval_prompts], key=len)
     record["data_crc"] = zlib.crc32(torch.cat(prompts).numpy())
@@ -528,13 +535,13 @@ def main(args):
     def draw(number):
         """The rewards of a round of samples: {"reward", maybe "gold": [B, ROUND]}."""
         generator = seeded(args.seed, "limit", number)
-        size = (len(prompts), ROUND, args.max_response_tokens)
-        noise = torch.rand(size, dtype=torch.float64, generator=generator)
+        noise = torch.rand(
+            len(prompts), ROUND, args.max_response_tokens, dtype=torch.float64, generator=generator
+        )
         sampler = partial(
             sample_responses, reference, temperature=args.temperature, end_ids=end_ids
         )
-        rows = in_batches(sampler, prompts, noise, batch_size=args.sample_batch_size)
-        responses = [group for group, _ in rows]
+        responses, _ = zip(*in_batches(sampler, prompts, noise, batch_size=args.sample_batch_size))
         return {name: f(prompts, responses).cpu().double() for name, f in reward_fns.items()}
 
     # Samples, saved after every round. If there are some, draw the first round again: its rewards
@@ -543,11 +550,10 @@ def main(args):
     done = values["reward"].shape[1] if values else 0
     if done:
         for name, again in draw(0).items():
-            error = (again - values[name][:, :ROUND]).abs().median()
-            if error > 0.05 * values[name].std():
+            if (again - values[name][:, :ROUND]).abs().median() > 0.05 * values[name].std():
                 raise UserError(f"{file} has another model or reward: pass another --output-dir")
     rounds = range(done // ROUND, math.ceil(args.num_samples / ROUND))
-    for number in tqdm(rounds, f"after {done} samples", unit="round"):
+    for number in tqdm(rounds, f"after {done} samples"):
         for name, new in draw(number).items():
             values[name] = torch.cat([values[name], new], 1) if number else new
         folder.mkdir(parents=True, exist_ok=True)

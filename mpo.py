@@ -339,8 +339,8 @@ def load_model(auto_class, name, device, args, trainable=False):
         _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
         if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
             raise UserError(f"{name} is not supported: scaled logits, ALiBi or recurrence")
-    set_up_model(model.to(device), args, trainable)
-    return model
+    set_up_model(model, args, trainable)
+    return model.to(device)
 
 
 def set_up_model(model, args, trainable):
@@ -356,6 +356,8 @@ def set_up_model(model, args, trainable):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the head stays in float32, with TF32 products
+        # cuDNN's attention plans every new shape anew, and may give NaN with a mask.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         # Frozen weights are rounded as autocast rounds the trained ones.
         for module in model.base_model.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -409,7 +411,7 @@ def split_dialogue(row):
     parts = {"prompt": prompt}
     for key in ("chosen", "rejected"):
         text = row.get(key) or ""
-        parts[key] = text[len(prompt) :] if text.startswith(prompt) else ""
+        parts[key] = text.removeprefix(prompt) if text.startswith(prompt) else ""
     return parts
 
 
@@ -430,15 +432,14 @@ def encode_responses(tokenizer, texts, end_ids, longest, counts):
     return responses
 
 
-def load_examples(tokenizer, end_ids, longest, columns, args):
+def load_examples(tokenizer, end_ids, longest, keys, args):
     """Held-out and training examples, pairs of a prompt and a list of its responses, and their CRC.
 
-    The rows have the columns prompt and `columns` (completion defaults to chosen), or chosen and
-    rejected alone, as in HH. Prompts of more than `longest` tokens are dropped. Raises UserError
-    for data in another form.
+    The rows have the columns `keys` (completion defaults to chosen), or chosen and rejected alone,
+    as in HH. Prompts of more than `longest` tokens are dropped. Raises UserError for data in
+    another form.
     """
     parts, held_out, crc = [], set(), 0
-    keys = ("prompt", *columns)
     for name, split in zip(("held-out", "training"), load_splits(args)):
         counts, rows, examples = Counter(), [], []
         for row in split:
@@ -501,6 +502,7 @@ def decode_texts(tokenizer, prompts, responses):
     return rows
 
 
+@torch.autocast("cuda", enabled=False)  # a user's model keeps its precision
 def text_rewards(function, tokenizer, prompts, responses):
     """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
     rows = decode_texts(tokenizer, prompts, responses)
@@ -534,11 +536,11 @@ def load_rewards(reward_name, tokenizer, device, args):
 
 
 # -------------------------------------------------------------------------------------- training
-def lr_factor(step, args):
-    """The factor of --learning-rate at a step, counted from 0."""
-    if step < args.warmup_updates:
-        return (step + 1) / args.warmup_updates
-    done = (step - args.warmup_updates) / (args.num_updates - args.warmup_updates)
+def lr_factor(update, args):
+    """The factor of --learning-rate at an update, counted from 1."""
+    if update <= args.warmup_updates:
+        return update / args.warmup_updates
+    done = (update - 1 - args.warmup_updates) / (args.num_updates - args.warmup_updates)
     factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return factors[args.lr_schedule]
 
@@ -683,10 +685,12 @@ def main(args):
     reference = load_model(AutoModelForCausalLM, policy_name, device, args)
     tokenizer, end_ids = load_tokenizer(policy_name, policy)
     reward_fns = load_rewards(reward_name, tokenizer, device, args)
-    max_positions = getattr(policy.config, "max_position_embeddings", sys.maxsize)
-    longest = min(args.max_prompt_tokens, max_positions - args.max_response_tokens)
+    longest = min(
+        args.max_prompt_tokens,
+        getattr(policy.config, "max_position_embeddings", sys.maxsize) - args.max_response_tokens,
+    )
     eval_examples, examples, data_crc = load_examples(
-        tokenizer, end_ids, longest, ("chosen", "rejected"), args
+        tokenizer, end_ids, longest, ("prompt", "chosen", "rejected"), args
     )
     examples.sort(key=lambda example: len(example[0]))  # neighbours have similar lengths
     # One pair for each held-out prompt
@@ -707,7 +711,7 @@ def main(args):
     )
     state = {"update": 0, "data_crc": data_crc}
     if saved:
-        state = torch.load(saved, map_location="cpu")
+        state = torch.load(saved, "cpu")
         if state["data_crc"] != data_crc:
             raise UserError(f"--dataset {args.dataset} has changed since {saved}")
         policy.load_state_dict(state.pop("model"))
@@ -721,8 +725,11 @@ def main(args):
     @autocast()
     def logps_of(model, examples):
         """log π(y|x) of the responses of n examples under a model, [n, K] float64."""
-        function = partial(response_logps, model, temperature=args.temperature)
-        return in_batches(function, *zip(*examples), batch_size=args.micro_batch_size)
+        return in_batches(
+            partial(response_logps, model, temperature=args.temperature),
+            *zip(*examples),
+            batch_size=args.micro_batch_size,
+        )
 
     def answer(model):
         """A model's responses to the held-out prompts, with their rewards and texts."""
@@ -741,15 +748,18 @@ def main(args):
             accelerator.print(
                 f"Sampling {S} responses from the reference for each of the {N} pairs ..."
             )
-            with accelerator.split_between_processes(examples) as share:
-                share_logps = logps_of(reference, share).cpu()
-                share_prompts = [x for x, _ in share for _ in range(S)]
-                # Random numbers that no evaluation and no other process uses
-                sample_args = replace(args, seed=args.seed + 10**9 * (rank + 1))
-                share_samples = generate_responses(reference, share_prompts, end_ids, sample_args)
-                share_samples = [y.tolist() for [y] in share_samples]  # views of whole batches
-            ref_logps = torch.cat(gather_object([share_logps]))  # [N, 2]
-            ref_samples = gather_object(share_samples)  # N·S lists of token ids
+            mine = range(N)[rank::world]  # prompts of all lengths, so that shares take equally long
+            share = [examples[i] for i in mine]
+            share_logps = logps_of(reference, share).cpu()
+            share_prompts = [x for x, _ in share for _ in range(S)]
+            # Random numbers that no evaluation and no other process uses
+            sample_args = replace(args, seed=args.seed + 10**9 * (rank + 1))
+            share_samples = generate_responses(reference, share_prompts, end_ids, sample_args)
+            share_samples = [y.tolist() for [y] in share_samples]  # views of whole batches
+            order = torch.tensor(gather_object([*mine])).argsort()
+            ref_logps = torch.cat(gather_object([share_logps]))[order]  # [N, 2]
+            samples = gather_object(share_samples)
+            ref_samples = [samples[S * i + s] for i in order for s in range(S)]  # N·S lists of ids
             if is_main:
                 torch.save((ref_logps, ref_samples), file)
         _, sft_rewards, sft_samples = answer(reference)
@@ -801,7 +811,7 @@ def main(args):
             (loss * len(micro) / len(minibatch)).backward()
             stats.append(metrics)
         grad_norm = clip_gradients(accelerator, policy, args.max_grad_norm)
-        lr = args.learning_rate * lr_factor(update - 1, args)
+        lr = args.learning_rate * lr_factor(update, args)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()

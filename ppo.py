@@ -83,7 +83,6 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_range):
     metrics = {
         "policy/loss": loss.detach(),
         "policy/clipfrac": (losses > unclipped).double().mean(),
-        "policy/ratio_mean": ratio.mean(),
         "policy/ratio_max": ratio.max(),  # of a micro-batch; logged is their mean
         "policy/approx_kl": (ratio - 1 - logratio.detach()).mean(),  # KL(π_old ‖ π_θ)
     }
@@ -226,6 +225,8 @@ def sample_responses(model, prompts, noise, temperature, end_ids):
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     mask = pad([torch.ones_like(prompt) for prompt in prompts]).to(device)
     cache = DynamicCache(config=model.config)
+    # Under autocast, keys come in float32 and values in bfloat16: cache both in bfloat16.
+    cache.update = lambda k, v, layer: DynamicCache.update(cache, k.type_as(v), v, layer)
 
     def next_logits(input_ids, mask):
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
@@ -505,8 +506,8 @@ def load_model(auto_class, name, device, args, trainable=False):
         _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
         if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
             raise UserError(f"{name} is not supported: scaled logits, ALiBi or recurrence")
-    set_up_model(model.to(device), args, trainable)
-    return model
+    set_up_model(model, args, trainable)
+    return model.to(device)
 
 
 def load_value_model(name, device, args):
@@ -533,6 +534,8 @@ def set_up_model(model, args, trainable):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the head stays in float32, with TF32 products
+        # cuDNN's attention plans every new shape anew, and may give NaN with a mask.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         # Frozen weights are rounded as autocast rounds the trained ones.
         for module in model.base_model.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -637,6 +640,7 @@ def decode_texts(tokenizer, prompts, responses):
     return rows
 
 
+@torch.autocast("cuda", enabled=False)  # a user's model keeps its precision
 def text_rewards(function, tokenizer, prompts, responses):
     """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
     rows = decode_texts(tokenizer, prompts, responses)
@@ -825,7 +829,7 @@ def main(args):
     )
     state = {"update": 0, "count": 0, "sum": 0.0, "square_sum": 0.0, "data_crc": data_crc}
     if saved:
-        state = torch.load(saved, map_location="cpu")
+        state = torch.load(saved, "cpu")
         if state["data_crc"] != data_crc:
             raise UserError(f"--dataset {args.dataset} has changed since {saved}")
         trained.load_state_dict(state.pop("model"))

@@ -207,8 +207,8 @@ def load_model(auto_class, name, device, args, trainable=False):
         _, hidden = response_hidden(model, [x[:1]], [[x[1:], x[1:]]])
         if head and not head(hidden).allclose(model(x[None]).logits, atol=1e-3):
             raise UserError(f"{name} is not supported: scaled logits, ALiBi or recurrence")
-    set_up_model(model.to(device), args, trainable)
-    return model
+    set_up_model(model, args, trainable)
+    return model.to(device)
 
 
 def set_up_model(model, args, trainable):
@@ -224,6 +224,8 @@ def set_up_model(model, args, trainable):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if args.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # the head stays in float32, with TF32 products
+        # cuDNN's attention plans every new shape anew, and may give NaN with a mask.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         # Frozen weights are rounded as autocast rounds the trained ones.
         for module in model.base_model.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -277,7 +279,7 @@ def split_dialogue(row):
     parts = {"prompt": prompt}
     for key in ("chosen", "rejected"):
         text = row.get(key) or ""
-        parts[key] = text[len(prompt) :] if text.startswith(prompt) else ""
+        parts[key] = text.removeprefix(prompt) if text.startswith(prompt) else ""
     return parts
 
 
@@ -298,15 +300,14 @@ def encode_responses(tokenizer, texts, end_ids, longest, counts):
     return responses
 
 
-def load_examples(tokenizer, end_ids, longest, columns, args):
+def load_examples(tokenizer, end_ids, longest, keys, args):
     """Held-out and training examples, pairs of a prompt and a list of its responses, and their CRC.
 
-    The rows have the columns prompt and `columns` (completion defaults to chosen), or chosen and
-    rejected alone, as in HH. Prompts of more than `longest` tokens are dropped. Raises UserError
-    for data in another form.
+    The rows have the columns `keys` (completion defaults to chosen), or chosen and rejected alone,
+    as in HH. Prompts of more than `longest` tokens are dropped. Raises UserError for data in
+    another form.
     """
     parts, held_out, crc = [], set(), 0
-    keys = ("prompt", *columns)
     for name, split in zip(("held-out", "training"), load_splits(args)):
         counts, rows, examples = Counter(), [], []
         for row in split:
@@ -345,11 +346,11 @@ def load_examples(tokenizer, end_ids, longest, columns, args):
 
 
 # -------------------------------------------------------------------------------------- training
-def lr_factor(step, args):
-    """The factor of --learning-rate at a step, counted from 0."""
-    if step < args.warmup_updates:
-        return (step + 1) / args.warmup_updates
-    done = (step - args.warmup_updates) / (args.num_updates - args.warmup_updates)
+def lr_factor(update, args):
+    """The factor of --learning-rate at an update, counted from 1."""
+    if update <= args.warmup_updates:
+        return update / args.warmup_updates
+    done = (update - 1 - args.warmup_updates) / (args.num_updates - args.warmup_updates)
     factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return factors[args.lr_schedule]
 
@@ -491,7 +492,7 @@ def main(args):
     max_positions = getattr(policy.config, "max_position_embeddings", sys.maxsize)
     longest = min(args.max_prompt_tokens, max_positions - args.max_response_tokens)
     eval_examples, examples, data_crc = load_examples(
-        tokenizer, end_ids, longest, ("completion",), args
+        tokenizer, end_ids, longest, ("prompt", "completion"), args
     )
     eval_size = min(args.eval_prompts, len(eval_examples)) // world * world
     eval_prompts, eval_responses = zip(*eval_examples[:eval_size][rank::world])
@@ -508,7 +509,7 @@ def main(args):
     )
     state = {"update": 0, "data_crc": data_crc}
     if saved:
-        state = torch.load(saved, map_location="cpu")
+        state = torch.load(saved, "cpu")
         if state["data_crc"] != data_crc:
             raise UserError(f"--dataset {args.dataset} has changed since {saved}")
         policy.load_state_dict(state.pop("model"))
@@ -568,7 +569,7 @@ def main(args):
             (loss * weight).backward()
             losses.append(metrics["sft/loss"] * weight)
         grad_norm = clip_gradients(accelerator, policy, args.max_grad_norm)
-        lr = args.learning_rate * lr_factor(update - 1, args)
+        lr = args.learning_rate * lr_factor(update, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()

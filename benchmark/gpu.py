@@ -6,6 +6,7 @@ It runs unattended and writes the JSON after every measurement. What fails is wr
 error, and the rest goes on. Without a GPU it rehearses the same on the CPU with a small model.
 """
 
+import gc
 import json
 import time
 import traceback
@@ -170,9 +171,11 @@ def main(args, compare):
     shapes = ("pythia-160m", "pythia-410m", "pythia-1b", "pythia-2.8b") if CUDA else ("pythia-14m",)
     B, length, tokens = (64, 125, 128) if CUDA else (16, 12, 12)
     torch.set_float32_matmul_precision("high")  # as the scripts do in bfloat16
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
     def measure(name, function, *inputs):
         if CUDA:
+            gc.collect()  # a model with checkpointing refers to itself
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:

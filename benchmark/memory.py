@@ -134,8 +134,8 @@ def memory(args, config):
         tokens = rows * (args.max_prompt_tokens + args.max_response_tokens)
         reading = prompts * args.max_prompt_tokens * KEPT[family(config), width] * hidden
         sampling = common(gradients=False) | judges
-        # Float32 in bfloat16, too, as rotary embeddings make keys
-        sampling["cache of keys and values"] = 2 * 4 * layers * heads * head_size * tokens
+        cached = width if online else 4  # generate keeps float32, as rotary embeddings make keys
+        sampling["cache of keys and values"] = 2 * cached * layers * heads * head_size * tokens
         sampling["a layer reading the prompts, or drawing tokens"] = max(
             reading, 24 * rows * vocabulary
         )

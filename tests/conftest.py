@@ -78,11 +78,8 @@ class Nursery:
 
 
 class Script:
-    """A script as a process of its own.
-
-    disturb: a line of Python that it runs just before an event of the file system (see
-    sys.addaudithook), the event, and a part of the file's name
-    """
+    """A script as a process of its own. disturb: a line of Python that it runs just before an event
+    of the file system (see sys.addaudithook), the event, and a part of the file's name."""
 
     nursery = None
 
@@ -179,7 +176,7 @@ def tiny_rows(name, n):
 
 
 def lines(file):
-    return [json.loads(line, parse_constant=pytest.fail) for line in file.open(encoding="utf-8")]
+    return [json.loads(line, parse_constant=pytest.fail) for line in open(file, "rb")]
 
 
 def assert_same(found, expected, left_out, rel, abs):

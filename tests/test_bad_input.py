@@ -29,7 +29,11 @@ def write_data(folder):
     (folder / "other_program/model/notes.txt").write_text("mine")
 
 
-def write_models(folder):
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with data and models, of which most cannot be used."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_data(folder)
     policy = AutoModelForCausalLM.from_pretrained(TINY / "sft", num_labels=1)
     no_end, larger = (AutoTokenizer.from_pretrained(TINY / "sft") for _ in range(2))
     no_end.eos_token = None
@@ -51,13 +55,6 @@ def write_models(folder):
     one, other = list(vocabulary)[300:302]
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     file.write_text(json.dumps(content))
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    write_data(folder)
-    write_models(folder)
     return folder
 
 

@@ -129,7 +129,7 @@ def prompts_of(dataset, longest=99):
 def examples_of(dataset, columns, longest=99):
     """(prompt, responses), texts, to evaluate and to learn from; and the checksum."""
     args = sft.Args(dataset=str(dataset))
-    *parts, crc = sft.load_examples(TOKENIZER, [0], longest, columns, args)
+    *parts, crc = sft.load_examples(TOKENIZER, [0], longest, ("prompt", *columns), args)
     decode = TOKENIZER.batch_decode
     return *[[(TOKENIZER.decode(x), decode(y)) for x, y in part] for part in parts], crc
 

@@ -64,7 +64,6 @@ def test_scripts_together_are_within_their_budget(names, budget):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_the_objective_and_the_loss_are_on_the_first_page(name):
-    """Of 120 lines."""
     assert ast.get_docstring(ast.parse((ROOT / name).read_text()))
     losses = [span for function, span in spans(ROOT / name).items() if function.endswith("_loss")]
     assert losses and all(last <= 120 for _, last in losses)

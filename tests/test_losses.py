@@ -57,7 +57,6 @@ def ratio_metrics(loss, log_ratios, far):
     return {
         "policy/loss": loss,
         "policy/clipfrac": far,
-        "policy/ratio_mean": ratios.mean(),
         "policy/ratio_max": ratios.max(),
         "policy/approx_kl": (ratios - 1 - log_ratios).mean(),
     }
@@ -432,7 +431,7 @@ def test_the_learning_rate_rises_from_its_first_step_and_follows_its_schedule(sc
         "linear": [1 - x for x in done],
         "cosine": [(1 + math.cos(math.pi * x)) / 2 for x in done],
     }
-    found = [sft.lr_factor(step, args) for step in range(14)]
+    found = [sft.lr_factor(update, args) for update in range(1, 15)]
     assert found == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, *expected[schedule]])
 
 

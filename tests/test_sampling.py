@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import V, build
 from test_logprobs import assert_near, each, each_shape, plain_logprobs, some_ids, some_rows
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
+import p3o_v2
 from dpo import Args, generate_responses
 from p3o_v2 import UserError, check_agreement, lengths_and_ends, response_logps, sample_responses
 from sft import seeded, shuffled
@@ -52,8 +53,7 @@ def inverted(model, x, noise, temperature):
 @each_shape
 @torch.no_grad()
 def test_a_response_is_the_same_alone_and_in_any_batch(shape):
-    """It depends on its own noise, up to its first end token. Log-probabilities that are recorded
-    are those of plain forwards, and of training."""
+    """It depends on its own noise. Recorded logprobs are those of plain forwards, and training."""
     policy = build(shape, "policy", seed=1)
     exact = copy.deepcopy(policy).double()
     prompts, noise = some_rows(1)[0], some_noise(5, 3, 12)
@@ -93,6 +93,22 @@ def test_a_prompt_is_read_once_for_its_responses():
     assert shapes == [(5, 30), (15, 1), (15, 1), (5, 3 + 61 + 4 + 60)]
 
 
+@each_shape
+@pytest.mark.parametrize("bf16", [False, True])
+@torch.no_grad()
+def test_keys_and_values_are_kept_in_the_precision_of_autocast(shape, bf16, monkeypatch):
+    caches = []
+    note = {"batch_repeat_interleave": lambda cache, _: caches.append(cache)}  # K is 1
+    kept = type("Kept", (DynamicCache,), note)
+    monkeypatch.setattr(p3o_v2, "DynamicCache", kept)
+    with torch.autocast("cpu", torch.bfloat16, bf16):
+        sample_responses(
+            build(shape, "policy", seed=1), some_rows(1)[0], some_noise(5, 1, 3), 1, []
+        )
+    types = {x.dtype for layer in caches[0].layers for x in (layer.keys, layer.values)}
+    assert types == {torch.bfloat16 if bf16 else torch.float32}
+
+
 @pytest.mark.parametrize("dtype, limit", [("float32", 0.5), ("bfloat16", 2)])
 def test_a_policy_that_is_not_the_one_that_sampled_is_refused(dtype, limit):
     args = Args(dtype=dtype, model="a_model", max_response_tokens=100)
@@ -111,8 +127,7 @@ def test_a_policy_that_is_not_the_one_that_sampled_is_refused(dtype, limit):
 @pytest.mark.parametrize("vocabulary, length", [(100, 1), (6, 2)])
 @torch.no_grad()
 def test_generated_responses_have_the_distribution_of_the_policy(shape, vocabulary, length):
-    """All texts of a length, after two prompts of different lengths in one batch. What the model's
-    own generation_config asks for is left out, and it is as before in the end."""
+    """Of all texts of a length. What the model's own generation_config asks for is left out."""
     model = build(shape, "policy", seed=1, vocab_size=vocabulary)
     traps = {"repetition_penalty": 5.0, "top_k": 2, "top_p": 0.5, "suppress_tokens": [1]}
     own = model.generation_config = GenerationConfig(**traps, do_sample=True)
