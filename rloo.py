@@ -369,8 +369,8 @@ def stage_folder(script, args):
 def find_model(stage, args):
     """Where to load the model of a stage (sft, reward_model) from: a folder, a hub id or "".
 
-    A local run for this --model and --dataset comes first, then a public model. Otherwise the
-    policy is --model itself, and there is no reward model.
+    The model tiny is built in. Of others, a local run for this --model and --dataset comes first,
+    then a public model. Otherwise the policy is --model itself, and there is no reward model.
     """
     folder = TINY / stage if args.model == "tiny" else stage_folder(stage, args) / "model"
     if folder.is_dir():
