@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from conftest import EVERY, ONLINE, SCORED, SHORT, TINY, build, refused, save, write_rows
+from conftest import EVERY, ONLINE, SCORED, SHORT, build, save
+from scripts import TINY, refused, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 

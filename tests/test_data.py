@@ -9,9 +9,10 @@ from math import inf, nan
 import numpy as np
 import pytest
 import torch
-from conftest import SCORED, SHORT, TINY, Nursery, build, lines, run, save, write_rows, write_splits
+from conftest import SCORED, SHORT, build, save
 from datasets import Dataset
 from datasets.packaged_modules.json.json import Json
+from scripts import TINY, Nursery, lines, run, write_rows, write_splits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 

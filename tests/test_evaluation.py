@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import KILL, TINY, lines, refused, run, write_rows
+from scripts import KILL, TINY, lines, refused, run, write_rows
 
 import evaluate
 import limit

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same, build, lines, run, run_two, save, write_reward
+from conftest import build, save
+from scripts import ROOT, TINY, assert_same, lines, run, run_two, write_reward
 from tokenizers import processors
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer

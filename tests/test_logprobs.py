@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TINY, V, build
+from conftest import V, build
+from scripts import TINY
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 import tyro
-from conftest import ROOT, build
+from conftest import build
+from scripts import ROOT
 from torch.autograd.graph import saved_tensors_hooks
 
 from p3o_v2 import response_logps, set_up_model

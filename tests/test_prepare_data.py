@@ -6,8 +6,8 @@ import json
 
 import pytest
 import tyro
-from conftest import TINY, lines, refused, run, write_rows
 from datasets import Dataset, DatasetDict
+from scripts import TINY, lines, refused, run, write_rows
 from tokenizers import processors
 from transformers import AutoTokenizer
 

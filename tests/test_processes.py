@@ -4,23 +4,8 @@ import signal
 
 import pytest
 import torch
-from conftest import (
-    EVALUATIONS,
-    EVERY,
-    KILL,
-    OFFLINE,
-    ONLINE,
-    SCORED,
-    TINY,
-    assert_same,
-    ended,
-    ending,
-    lines,
-    run,
-    run_two,
-    save,
-    start_two,
-)
+from conftest import EVALUATIONS, EVERY, OFFLINE, ONLINE, SCORED, ending, save
+from scripts import KILL, TINY, assert_same, ended, lines, run, run_two, start_two
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mpo

@@ -6,7 +6,8 @@ import signal
 
 import pytest
 import torch
-from conftest import EVERY, KILL, OFFLINE, Script, contents, ending, lines, refused, run
+from conftest import EVERY, OFFLINE, ending
+from scripts import KILL, Script, contents, lines, refused, run
 
 FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"  # as a full disk: no file grows more
 TEAR = (  # the system kills it in the middle of the write that takes a file beyond so many bytes

@@ -10,26 +10,9 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import (
-    EVALUATIONS,
-    EVERY,
-    ONLINE,
-    ROOT,
-    SCORED,
-    SHORT,
-    TINY,
-    assert_same,
-    build,
-    events_of,
-    lines,
-    run,
-    save,
-    tiny_rows,
-    write_reward,
-    write_rows,
-    write_splits,
-)
+from conftest import EVALUATIONS, EVERY, ONLINE, SCORED, SHORT, build, events_of, save, tiny_rows
 from safetensors.torch import load_file
+from scripts import ROOT, TINY, assert_same, lines, run, write_reward, write_rows, write_splits
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import dpo

@@ -101,10 +101,9 @@ def test_keys_and_values_are_kept_in_the_precision_of_autocast(shape, bf16, monk
     note = {"batch_repeat_interleave": lambda cache, _: caches.append(cache)}  # K is 1
     kept = type("Kept", (DynamicCache,), note)
     monkeypatch.setattr(p3o_v2, "DynamicCache", kept)
+    policy, prompts = build(shape, "policy", seed=1), some_rows(1)[0]
     with torch.autocast("cpu", torch.bfloat16, bf16):
-        sample_responses(
-            build(shape, "policy", seed=1), some_rows(1)[0], some_noise(5, 1, 3), 1, []
-        )
+        sample_responses(policy, prompts, some_noise(5, 1, 3), 1, [])
     types = {x.dtype for layer in caches[0].layers for x in (layer.keys, layer.values)}
     assert types == {torch.bfloat16 if bf16 else torch.float32}
 
