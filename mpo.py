@@ -25,8 +25,8 @@ and σ saturates (policy/saturated_frac); --average-logprobs takes means over th
 
 Shapes: B prompts, K responses to each (chosen, rejected, then S of the reference), T response
 tokens, V vocabulary, D hidden size. A prompt or a response is a 1-D tensor of token ids without
-padding; `responses` is a list of B lists of K responses. `logprobs` are per token, `logps` their
-sums over a response.
+padding; `responses` is a list of B lists of K responses. `logprobs` are per token, `logps` are
+their sums over a response.
 """
 
 import json
