@@ -176,7 +176,8 @@ def make(runs, file, folder, workers):
     jobs = [(flags, folder / f"{file.stem}_{i}") for i, flags in enumerate(missing)]
     failed = []
     for flags, place, seconds, code in run_all(jobs, workers):
-        label = " ".join(f"{key}={value}" for key, value in flags.items() if key != "crc")
+        words = [f"{key}={value}" for key, value in flags.items() if key not in ("script", "crc")]
+        label = " ".join([Path(flags["script"]).stem, *words])
         if found := problem(place, code):
             tqdm.write(f"failed: {label}\n    {found}")
             failed.append(flags)
