@@ -197,7 +197,8 @@ def ranked(script):
     process = start(script)
     output, error = process.communicate()
     assert process.returncode == 0, error
-    [row] = [line for line in output.splitlines() if line.startswith("mine ")]
+    rows = output[output.index("\nalgorithm ") :].splitlines()
+    [row] = [line for line in rows if line.startswith("mine ")]
     return row, output, made(script)
 
 
