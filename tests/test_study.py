@@ -93,6 +93,15 @@ def test_settings_name_no_absolute_path_and_only_data_that_can_be_made(part):
     assert models.needed(runs) <= {*settings.PAIRS, *models.trainings()}
 
 
+def test_the_example_of_the_benchmark_shows_stored_results():
+    text = (ROOT / "docs/benchmark.md").read_text()
+    runs = {"P3O-V2": figures.by_script(figures.stored("budget"))["p3o_v2"]}
+    for name, found in {**runs, "rebel": figures.stored("rebel")}.items():
+        [line] = [line for line in text.splitlines() if line.startswith(f"{name}  ")]
+        *expected, _ = map(str, figures.row_of(name, found))  # without the seconds
+        assert line.split() == " ".join(expected).split()
+
+
 def test_share_is_1_on_the_limit_and_0_at_the_reference_with_straight_lines_between():
     limit = figures.stored("limit")
     curve = [{"kl": 0.0, "reward": limit["ref_reward"]}]
