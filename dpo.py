@@ -214,7 +214,7 @@ def response_hidden(model, prompts, responses):
         positions.append(position)
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
-    segment = pad(segments).to(model.device)  # [B, L]
+    segment = pad(segments).to(model.device)  # [B, row length]
     # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
     # so only padding sees it.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
@@ -355,7 +355,7 @@ def load_tokenizer(name, model):
 
 
 def load_splits(args):
-    """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
+    """Held-out and training rows of a dataset; a tenth is held out if train is the only split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
         file = Path(path).absolute()  # load_dataset cannot read a file in "."
@@ -385,7 +385,7 @@ def encode_prompts(tokenizer, texts):
 def split_dialogue(row):
     """A row of HH, whose chosen and rejected are whole dialogues, as prompt and responses.
 
-    A response that does not begin with the prompt of chosen is left empty.
+    A response whose dialogue does not begin with the prompt of chosen is left empty.
     """
     prompt = "".join(row["chosen"].rpartition("\n\nAssistant:")[:2])
     parts = {"prompt": prompt}
@@ -736,7 +736,7 @@ def main(args):
         reference.to(device)
         responses, rewards, samples = answer(policy)
         answers = list(zip(eval_prompts, responses))
-        # Estimated from the sampled tokens alone, so noisier than p3o_v2.py's kl (it is kl_k1)
+        # Estimated from the sampled tokens alone, so noisier than kl in p3o_v2.py (there: kl_k1)
         values = {"kl": logps_of(policy, answers) - logps_of(reference, answers), **rewards}
         if reward_name:  # a tie counts as half
             values["win_rate_vs_sft"] = (rewards["reward"] - sft_rewards["reward"]).sign() / 2 + 0.5

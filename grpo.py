@@ -11,10 +11,10 @@ short for π(y_t|x, y_<t). For K responses y_1, ..., y_K to a prompt, minimise L
 
     A_i = (r_i − mean of the K scores r) / (their standard deviation + 10⁻⁴)
     ρ_t = π_θ(y_t) / π_old(y_t)                             importance ratio of token t
-    k_t = π_ref(y_t) / π_θ(y_t) − log(π_ref(y_t) / π_θ(y_t)) − 1                "k3"
+    k_t = π_ref(y_t) / π_θ(y_t) − log(π_ref(y_t) / π_θ(y_t)) − 1     estimates KL ("k3")
     L   = mean over responses of 1/|y_i| Σ_t [ max( −A_i ρ_t, −A_i clip(ρ_t, 1−ε, 1+ε) ) + β k_t ]
 
-The mean of k_t is the KL(π_θ ‖ π_ref) of a token; its gradient, here as in the paper, is that of
+The mean of k_t is the KL(π_θ ‖ π_ref) of a token. The mean of ∇k_t, as in the paper, is that of
 KL(π_ref ‖ π_θ). Dr. GRPO (Liu et al. 2025, 2503.20783) drops two divisions: by the standard
 deviation, because it favours prompts whose scores are alike, and by |y_i|, because it favours long
 bad responses. See docs/examples/dr_grpo.diff.
@@ -26,7 +26,7 @@ bad responses. See docs/examples/dr_grpo.diff.
 
 Shapes: B prompts of one process, K responses to each, T response tokens, V vocabulary, D hidden
 size. A prompt or a response is a 1-D tensor of token ids without padding; `responses` is a list of
-B lists of K responses. `logprobs` are per token.
+B lists of K responses. `logprobs` are per token, `logps` are their sums over a response.
 """
 
 import json
@@ -131,7 +131,7 @@ class Args:
     temperature: float = 1.0  # divides the policy's logits, in sampling and in logprobs
     missing_eos_penalty: float = 0.0  # subtracted from the score of a response without an end token
     beta: float = 0.04  # coefficient of the KL penalty, β
-    clip_range: float = 0.2  # clipping range of importance ratios, ε (0: no clipping)
+    clip_range: float = 0.2  # clipping range, ε (0: no clipping)
 
 
 SCRIPT = Path(__file__).stem
@@ -245,7 +245,7 @@ def response_hidden(model, prompts, responses):
         positions.append(position)
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
-    segment = pad(segments).to(model.device)  # [B, L]
+    segment = pad(segments).to(model.device)  # [B, row length]
     # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
     # so only padding sees it.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
@@ -449,7 +449,7 @@ def load_tokenizer(name, model):
 
 
 def load_splits(args):
-    """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
+    """Held-out and training rows of a dataset; a tenth is held out if train is the only split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
         file = Path(path).absolute()  # load_dataset cannot read a file in "."
@@ -792,8 +792,8 @@ def main(args):
             advantages = rewards - rewards.mean(1, keepdim=True)
             advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
 
-            # 3. log π_ref and log π_old. In bfloat16 sampling rounds differently, so what it
-            # recorded is computed again: ρ must start at 1.
+            # 3. log π_ref and log π_old. In bfloat16, sampling rounds differently from training, so
+            # log π_old is computed again: ρ must start at 1.
             ref_logprobs = logprobs_of(reference, batch, responses)  # [B, K, T]
             old_logprobs = sampled_logprobs
             if args.dtype == "bfloat16":

@@ -8,10 +8,10 @@ labels without noise cannot push the policy arbitrarily far from the reference.
 
     h = log π_θ(y|x) − log π_ref(y|x)      for a prompt x, chosen response y_w and rejected y_l
 
-Its optimum maximises E[p(y ≻ y')] − τ KL(π_θ ‖ π_ref), where p is the probability that y is
-preferred to y'. For a pair labelled (y_w, y_l) with probability p, and the other way round with
-1 − p, the optimum has h_w − h_l = (2p − 1)/(2τ). log π_ref of all pairs is computed once, and kept
-in the run folder.
+Its optimum maximises E[p(y ≻ y')] − τ KL(π_θ ‖ π_ref), where p is the probability that y ~ π_θ is
+preferred to y' from the policy that wrote the data. For a pair labelled (y_w, y_l) with probability
+p, and the other way round with 1 − p, the optimum has h_w − h_l = (2p − 1)/(2τ). log π_ref of all
+pairs is computed once, and kept in the run folder.
 
     python ipo.py                                          # built-in tiny world, 1 minute on a CPU
     python ipo.py --model pythia-1b                        # TL;DR, one GPU
@@ -211,7 +211,7 @@ def response_hidden(model, prompts, responses):
         positions.append(position)
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
-    segment = pad(segments).to(model.device)  # [B, L]
+    segment = pad(segments).to(model.device)  # [B, row length]
     # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
     # so only padding sees it.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
@@ -352,7 +352,7 @@ def load_tokenizer(name, model):
 
 
 def load_splits(args):
-    """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
+    """Held-out and training rows of a dataset; a tenth is held out if train is the only split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
         file = Path(path).absolute()  # load_dataset cannot read a file in "."
@@ -382,7 +382,7 @@ def encode_prompts(tokenizer, texts):
 def split_dialogue(row):
     """A row of HH, whose chosen and rejected are whole dialogues, as prompt and responses.
 
-    A response that does not begin with the prompt of chosen is left empty.
+    A response whose dialogue does not begin with the prompt of chosen is left empty.
     """
     prompt = "".join(row["chosen"].rpartition("\n\nAssistant:")[:2])
     parts = {"prompt": prompt}
@@ -733,7 +733,7 @@ def main(args):
         reference.to(device)
         responses, rewards, samples = answer(policy)
         answers = list(zip(eval_prompts, responses))
-        # Estimated from the sampled tokens alone, so noisier than p3o_v2.py's kl (it is kl_k1)
+        # Estimated from the sampled tokens alone, so noisier than kl in p3o_v2.py (there: kl_k1)
         values = {"kl": logps_of(policy, answers) - logps_of(reference, answers), **rewards}
         if reward_name:  # a tie counts as half
             values["win_rate_vs_sft"] = (rewards["reward"] - sft_rewards["reward"]).sign() / 2 + 0.5

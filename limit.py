@@ -77,7 +77,8 @@ def limit_curve(values, temperatures):
 def best_of_n(values, n):
     """Reward and gold of the response with the highest reward among n, means over prompts.
 
-    Exact, over all subsets of n of the N samples: C(k−1, n−1) of them have rank k as their best.
+    Exact, over all subsets of n of the N samples: C(k−1, n−1) of them have rank k as their best
+    (rank 1 is the worst sample, N the best).
     """
     order = values["reward"].argsort(stable=True, dim=1)[:, n - 1 :]  # ranks n to N
     rank = torch.arange(n, n + order.shape[1], dtype=torch.float64)
@@ -219,7 +220,7 @@ def load_tokenizer(name, model):
 
 
 def load_splits(args):
-    """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
+    """Held-out and training rows of a dataset; a tenth is held out if train is the only split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
         file = Path(path).absolute()  # load_dataset cannot read a file in "."
@@ -422,7 +423,7 @@ def response_hidden(model, prompts, responses):
         positions.append(position)
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
-    segment = pad(segments).to(model.device)  # [B, L]
+    segment = pad(segments).to(model.device)  # [B, row length]
     # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
     # so only padding sees it.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
@@ -563,6 +564,7 @@ def main(args):
 
     result = {**record, **limit_numbers(values)}
     (folder / "limit.json").write_text(json.dumps(result, indent=1))
+    # Every fifth row of the middle of the curve
     for rows in (result["curve"][30:100:5], result["best_of_n"]):
         print("\n" + pd.DataFrame(rows).to_string(index=False, float_format="%.3f"))
 

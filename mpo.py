@@ -15,8 +15,9 @@ For a prompt with a chosen response y_w and a rejected one y_l, action 1 takes y
     L   = E[ −I_a p_a + β p_a log(p_a / p_ref,a) ] − τ E[ log π_θ(y) ]
 
 The first expectation is the mean over pairs and both actions a (equation 33). That is half the sum
-over actions in the objective, so τ counts double. log π(y|x) sums over tokens, so z is often large
-and σ saturates (policy/saturated_frac); --average-logprobs takes means over the tokens instead.
+over a: L = −½ (E[ p_1 ] − β KL) − τ E[ log π_θ(y) ], which maximises the objective with 2τ for τ.
+log π(y|x) sums over tokens, so z is often large and σ saturates (policy/saturated_frac);
+--average-logprobs takes means over the tokens of the pairs' responses instead.
 
     python mpo.py                                          # built-in tiny world, 2 minutes on a CPU
     python mpo.py --model pythia-1b                        # TL;DR, one GPU
@@ -82,7 +83,7 @@ def preference_loss(
     loss = (beta * kl - p[1]).mean() / 2 - tau * ref_sample_logps.mean()
     p = p.detach()
     margins = (z - ref_z).detach()
-    # −∂L/∂z of a pair, the coefficient of ∇(h_w − h_l)
+    # −∂L/∂z of a pair, the coefficient of ∇z
     pair_weight = p[0] * p[1] * (1 - beta * margins) / 2
     metrics = {
         "policy/loss": loss.detach(),
@@ -137,7 +138,7 @@ class Args:
     temperature: float = 1.0  # divides the policy's logits, in sampling and in logprobs
     beta: float = 0.1  # coefficient of the KL penalty, β
     tau: float = 0.01  # strength of the regularisation towards the reference, τ
-    ref_samples_per_prompt: int = 1  # reference responses per training prompt, S
+    ref_samples_per_prompt: int = 1  # reference responses per training pair, S
     average_logprobs: bool = False  # log π(y|x) of pairs is averaged over tokens, not summed
 
 
@@ -234,7 +235,7 @@ def response_hidden(model, prompts, responses):
         positions.append(position)
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
-    segment = pad(segments).to(model.device)  # [B, L]
+    segment = pad(segments).to(model.device)  # [B, row length]
     # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
     # so only padding sees it.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
@@ -375,7 +376,7 @@ def load_tokenizer(name, model):
 
 
 def load_splits(args):
-    """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
+    """Held-out and training rows of a dataset; a tenth is held out if train is the only split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
         file = Path(path).absolute()  # load_dataset cannot read a file in "."
@@ -405,7 +406,7 @@ def encode_prompts(tokenizer, texts):
 def split_dialogue(row):
     """A row of HH, whose chosen and rejected are whole dialogues, as prompt and responses.
 
-    A response that does not begin with the prompt of chosen is left empty.
+    A response whose dialogue does not begin with the prompt of chosen is left empty.
     """
     prompt = "".join(row["chosen"].rpartition("\n\nAssistant:")[:2])
     parts = {"prompt": prompt}
@@ -737,8 +738,8 @@ def main(args):
         rewards = {name: function(eval_prompts, responses) for name, function in reward_fns.items()}
         return responses, rewards, decode_texts(tokenizer, eval_prompts, responses)
 
-    # log π_ref of all pairs, and S responses from the reference to each prompt, in the order of the
-    # examples. A resumed run loads them.
+    # log π_ref of all pairs, and S responses from the reference to the prompt of each pair, in the
+    # order of the examples. A resumed run loads them.
     S = args.ref_samples_per_prompt
     file = folder / "reference.pt"
     with torch.no_grad(), autocast():
@@ -755,7 +756,8 @@ def main(args):
             # Random numbers that no evaluation and no other process uses
             sample_args = replace(args, seed=args.seed + 10**9 * (rank + 1))
             share_samples = generate_responses(reference, share_prompts, end_ids, sample_args)
-            share_samples = [y.tolist() for [y] in share_samples]  # views of whole batches
+            # As lists: a view would keep, and be pickled with, its whole batch.
+            share_samples = [y.tolist() for [y] in share_samples]
             order = torch.tensor(gather_object([*mine])).argsort()
             ref_logps = torch.cat(gather_object([share_logps]))[order]  # [N, 2]
             samples = gather_object(share_samples)
@@ -775,7 +777,7 @@ def main(args):
         reference.to(device)
         responses, rewards, samples = answer(policy)
         answers = list(zip(eval_prompts, responses))
-        # Estimated from the sampled tokens alone, so noisier than p3o_v2.py's kl (it is kl_k1)
+        # Estimated from the sampled tokens alone, so noisier than kl in p3o_v2.py (there: kl_k1)
         values = {"kl": logps_of(policy, answers) - logps_of(reference, answers), **rewards}
         if reward_name:  # a tie counts as half
             values["win_rate_vs_sft"] = (rewards["reward"] - sft_rewards["reward"]).sign() / 2 + 0.5

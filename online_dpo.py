@@ -7,9 +7,9 @@ P3O, they pass through a sigmoid, and there are no importance weights and no cli
 
     maximise   E[ r(x, y) ] − β KL(π_θ ‖ π_ref)             x ~ prompts, y ~ π_θ(·|x)
 
-With soft labels its optimum has β (h_1 − h_2) = r_1 − r_2. For two responses y_1, y_2 sampled from
-the policy at the start of an update, minimise L, where σ is the logistic function and π(y) is short
-for π(y|x):
+The optimum has β (h_1 − h_2) = r_1 − r_2, and so has the minimum of L with soft labels. For two
+responses y_1, y_2 sampled from π_old, the policy at the start of an update, minimise L, where σ is
+the logistic function and π(y) is short for π(y|x):
 
     h_i = log π_θ(y_i) − log π_ref(y_i)                     log-ratio to the reference (SFT) policy
     s   = σ(r_1 − r_2)                                      label; 1, 0 or ½ with --hard-labels
@@ -240,7 +240,7 @@ def response_hidden(model, prompts, responses):
         positions.append(position)
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
-    segment = pad(segments).to(model.device)  # [B, L]
+    segment = pad(segments).to(model.device)  # [B, row length]
     # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
     # so only padding sees it.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
@@ -438,7 +438,7 @@ def load_tokenizer(name, model):
 
 
 def load_splits(args):
-    """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
+    """Held-out and training rows of a dataset; a tenth is held out if train is the only split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
         file = Path(path).absolute()  # load_dataset cannot read a file in "."

@@ -9,7 +9,7 @@ all rewards of a prompt changes nothing, so no value function is needed.
 π_old is the policy at the start of an update, which samples all responses of the update; π(y) is
 short for π(y|x), and sg[...] stops the gradient. For two of the responses, y_1 and y_2, minimise L:
 
-    r_i = (score_i − mean over the prompt) / s              s: running std of these; |r_i| ≤ 10
+    r_i = (score_i − mean over the prompt) / s              s: numerator's running std; |r_i| ≤ 10
     h_i = log π_θ(y_i) − log π_ref(y_i)                     log-ratio to the reference (SFT) policy
     q   = sg[ (r_1 − r_2) − β (h_1 − h_2) ]                 with KL penalty: ∇KL = E[ h ∇log π_θ ]
     ρ_i = π_θ(y_i) / π_old(y_i)                             sequence-level importance ratio
@@ -17,7 +17,7 @@ short for π(y|x), and sg[...] stops the gradient. For two of the responses, y_1
     L   = ½ E [ max( −q w_2 ρ_1, −q w_2 clip(ρ_1, 1−ε, 1+ε) )
               + max( +q w_1 ρ_2, +q w_1 clip(ρ_2, 1−ε, 1+ε) ) ]
 
-A clip stops the gradient of y_i once ρ_i has moved by ε in the direction of q. Until then it is
+A clip stops the gradient of y_i once ρ_i has moved by ε the way q pushes it. Until then it is
 −½ E[ q w_1 w_2 ∇(log π_θ(y_1) − log π_θ(y_2)) ]: REINFORCE with the other response as the baseline.
 V1 clips each ρ_i alone, V2 (p3o_v2.py) the pair jointly. The loss is the mean over all K(K−1)/2
 pairs; the authors use --num-responses 2 --prompts-per-update 64 --minibatch-size 4 --beta 0.05.
@@ -138,7 +138,7 @@ class Args:
     temperature: float = 1.0  # divides the policy's logits, in sampling and in logprobs
     missing_eos_penalty: float = 0.0  # subtracted from the score of a response without an end token
     beta: float = 0.2  # coefficient of the KL penalty, β
-    clip_range: float = 0.2  # clipping range of importance ratios, ε (0: no clipping)
+    clip_range: float = 0.2  # clipping range, ε (0: no clipping)
     ratio_bound: float = 10.0  # importance weights are clipped to [1/R, R]; R ≥ 1
 
 
@@ -253,7 +253,7 @@ def response_hidden(model, prompts, responses):
         positions.append(position)
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
-    segment = pad(segments).to(model.device)  # [B, L]
+    segment = pad(segments).to(model.device)  # [B, row length]
     # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
     # so only padding sees it.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
@@ -451,7 +451,7 @@ def load_tokenizer(name, model):
 
 
 def load_splits(args):
-    """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
+    """Held-out and training rows of a dataset; a tenth is held out if train is the only split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
         file = Path(path).absolute()  # load_dataset cannot read a file in "."
@@ -799,8 +799,8 @@ def main(args):
             scale = (state["square_sum"] / state["count"]) ** 0.5 or 1.0
             rewards = (rewards / scale).clamp(-10, 10)
 
-            # 3. log π_ref and log π_old. In bfloat16 sampling rounds differently, so what it
-            # recorded is computed again: ρ must start at 1.
+            # 3. log π_ref and log π_old. In bfloat16, sampling rounds differently from training, so
+            # log π_old is computed again: ρ must start at 1.
             ref_logps = logps_of(reference, batch, responses)
             old_logps = sampled_logps
             if args.dtype == "bfloat16":

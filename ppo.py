@@ -10,14 +10,14 @@ to come. Raise the log-probability of tokens that do better than predicted.
 the value model at that time; π(y_t) is short for π(y_t|x, y_<t), V_t for V(x, y_<t), and E_t is
 the mean over all tokens of the responses. Minimise L:
 
-    r_t = −β (log π_old(y_t) − log π_ref(y_t))              KL penalty, and at the last token
-          + clip(score / s)                                 s: running standard deviation of scores
+    r_t = −β (log π_old(y_t) − log π_ref(y_t))              KL penalty
+          + clip(score / s) at the last token               s: running standard deviation of scores
     δ_t = r_t + γ V_old,t+1 − V_old,t                       V_old is 0 after the last token
     A_t = Σ_l (γλ)^l δ_t+l                                  GAE (Schulman et al. 2016, 1506.02438)
     R_t = A_t + V_old,t                                     return; then A is whitened
     ρ_t = π_θ(y_t) / π_old(y_t)                             importance ratio of token t
     L   = E_t max( −A_t ρ_t, −A_t clip(ρ_t, 1−ε, 1+ε) )
-          + c ½ E_t max( (V_t − R_t)², (clip(V_t, V_old,t−ε_V, V_old,t+ε_V) − R_t)² )
+          + c ½ E_t max( (V_t − R_t)², (clip(V_t, V_old,t − ε_V, V_old,t + ε_V) − R_t)² )
 
 The value model starts from the reward model or, with --reward-fn, from the policy. Its head starts
 at 0. Unlike in P3O, adding a constant to the rewards of a prompt changes the result. The P3O paper
@@ -166,7 +166,7 @@ class Args:
     temperature: float = 1.0  # divides the policy's logits, in sampling and in logprobs
     missing_eos_penalty: float = 0.0  # subtracted from the score of a response without an end token
     beta: float = 0.2  # coefficient of the KL penalty, β
-    clip_range: float = 0.2  # clipping range of importance ratios, ε (0: no clipping)
+    clip_range: float = 0.2  # clipping range, ε (0: no clipping)
     clip_range_value: float = 0.2  # clipping range of changes in value, ε_V (0: no clipping)
     value_coef: float = 0.1  # weight of the value loss, c
     gamma: float = 1.0  # discount factor of later rewards, γ
@@ -284,7 +284,7 @@ def response_hidden(model, prompts, responses):
         positions.append(position)
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
-    segment = pad(segments).to(model.device)  # [B, L]
+    segment = pad(segments).to(model.device)  # [B, row length]
     # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
     # so only padding sees it.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
@@ -553,7 +553,7 @@ def load_tokenizer(name, model):
 
 
 def load_splits(args):
-    """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
+    """Held-out and training rows of a dataset; a tenth is held out if train is the only split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
         file = Path(path).absolute()  # load_dataset cannot read a file in "."

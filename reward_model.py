@@ -12,9 +12,9 @@ response (its end token, unless the response was cut).
     python reward_model.py --model pythia-1b                # TL;DR, one GPU
     python reward_model.py --model DIR --dataset DATA.jsonl # columns prompt, chosen and rejected
 
-Shapes: B prompts, K = 2 responses to each (chosen, rejected), T response tokens, D hidden size, L
-row length. A prompt or a response is a 1-D tensor of token ids without padding; `responses` is a
-list of B lists of K responses.
+Shapes: B prompts, K = 2 responses to each (chosen, rejected), T response tokens, D hidden size. A
+prompt or a response is a 1-D tensor of token ids without padding; `responses` is a list of B lists
+of K responses.
 """
 
 import json
@@ -140,7 +140,7 @@ def response_hidden(model, prompts, responses):
         positions.append(position)
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
-    segment = pad(segments).to(model.device)  # [B, L]
+    segment = pad(segments).to(model.device)  # [B, row length]
     # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
     # so only padding sees it.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
@@ -176,7 +176,8 @@ def evaluate_pairs(chosen_scores, rejected_scores):
     """Accuracy and calibration of the scores of N held-out pairs, both [N] float64.
 
     Accuracy is given for all pairs and for tenths of them by |margin|, the smallest first. The
-    calibration error is the distance between confidence σ(|margin|) and accuracy, over ten bins.
+    calibration error is the distance between mean confidence σ(|margin|) and accuracy in each of
+    ten bins, averaged over pairs.
     """
     margins = chosen_scores - rejected_scores
     wins = margins.sign() / 2 + 0.5  # a tie counts as half
@@ -264,7 +265,7 @@ def load_tokenizer(name, model):
 
 
 def load_splits(args):
-    """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
+    """Held-out and training rows of a dataset; a tenth is held out if train is the only split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
         file = Path(path).absolute()  # load_dataset cannot read a file in "."
@@ -294,7 +295,7 @@ def encode_prompts(tokenizer, texts):
 def split_dialogue(row):
     """A row of HH, whose chosen and rejected are whole dialogues, as prompt and responses.
 
-    A response that does not begin with the prompt of chosen is left empty.
+    A response whose dialogue does not begin with the prompt of chosen is left empty.
     """
     prompt = "".join(row["chosen"].rpartition("\n\nAssistant:")[:2])
     parts = {"prompt": prompt}
@@ -512,10 +513,10 @@ def main(args):
         pass
     tokenizer, end_ids = load_tokenizer(policy_name, reward_model)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # transformers reads the score at the last token but padding: were that EOS, it would skip
-        # the end of the response.
+        # transformers reads the score at the last token that is not padding. Were EOS the padding,
+        # it would skip the end token of the response.
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-        # vocab_size may be padded, and more than the tokenizer has.
+        # vocab_size may exceed the tokenizer's size: do not shrink it.
         reward_model.resize_token_embeddings(max(len(tokenizer), reward_model.config.vocab_size))
     reward_model.config.pad_token_id = tokenizer.pad_token_id
     max_positions = getattr(reward_model.config, "max_position_embeddings", sys.maxsize)
@@ -591,8 +592,7 @@ def main(args):
             share_scores.append(scores.detach())
         grad_norm = clip_gradients(accelerator, reward_model, args.max_grad_norm)
         lr = args.learning_rate * lr_factor(update, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 

@@ -12,9 +12,9 @@ Prompt tokens have no loss.
     python sft.py --model pythia-1b                         # TL;DR, one GPU
     python sft.py --model DIR --dataset DATA.jsonl          # columns prompt and completion
 
-Shapes: B prompts, N responses, T response tokens, V vocabulary, D hidden size, L row length. A
-prompt or a response is a 1-D tensor of token ids without padding; `responses` is a list of B lists
-of K = 1 responses, as in the scripts that sample several.
+Shapes: B prompts, N responses, T response tokens, V vocabulary, D hidden size. A prompt or a
+response is a 1-D tensor of token ids without padding; `responses` is a list of B lists of K = 1
+response, since functions shared with other scripts take K responses to a prompt.
 """
 
 import json
@@ -135,7 +135,7 @@ def response_hidden(model, prompts, responses):
         positions.append(position)
         sizes.append(size)
     pad = partial(pad_sequence, batch_first=True)
-    segment = pad(segments).to(model.device)  # [B, L]
+    segment = pad(segments).to(model.device)  # [B, row length]
     # A query sees earlier keys of the prompt (segment 0) and of its own response. Padding is last,
     # so only padding sees it.
     mask = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
@@ -243,7 +243,7 @@ def load_tokenizer(name, model):
 
 
 def load_splits(args):
-    """Held-out and training rows of a dataset; a tenth is held out where there is no test split."""
+    """Held-out and training rows of a dataset; a tenth is held out if train is the only split."""
     path = DATASETS.get(args.dataset, args.dataset)
     try:
         file = Path(path).absolute()  # load_dataset cannot read a file in "."
@@ -273,7 +273,7 @@ def encode_prompts(tokenizer, texts):
 def split_dialogue(row):
     """A row of HH, whose chosen and rejected are whole dialogues, as prompt and responses.
 
-    A response that does not begin with the prompt of chosen is left empty.
+    A response whose dialogue does not begin with the prompt of chosen is left empty.
     """
     prompt = "".join(row["chosen"].rpartition("\n\nAssistant:")[:2])
     parts = {"prompt": prompt}
@@ -570,15 +570,13 @@ def main(args):
             losses.append(metrics["sft/loss"] * weight)
         grad_norm = clip_gradients(accelerator, policy, args.max_grad_norm)
         lr = args.learning_rate * lr_factor(update, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 
         # 2. Log, evaluate, and save a checkpoint
         loss = accelerator.reduce(torch.stack(losses).sum(), "mean")
-        metrics = {"sft/loss": loss, "grad_norm": grad_norm}
-        metrics["lr"] = lr
+        metrics = {"sft/loss": loss, "grad_norm": grad_norm, "lr": lr}
         metrics["time/update"] = time.perf_counter() - start
         log(accelerator, folder / "metrics.jsonl", update, metrics)
         progress.set_postfix_str(f"loss {metrics['sft/loss']:.3f}")

@@ -6,8 +6,8 @@
     python study/run.py --script my_algorithm.py   search, three seeds, a row and a figure
 
 Each run is a script with flags on one core. What the figures need of it is stored as soon as it
-ends, so the study can be stopped at any time and goes on with the same command. The runs of parts
-go to study/results, those of your own script to runs/study/NAME. settings.py says what is run.
+ends, so the study can be stopped at any time and goes on with the same command. Results of parts go
+to study/results, those of your own script to runs/study/NAME. settings.py says what is run.
 """
 
 import json
@@ -227,7 +227,7 @@ def run_parts(args):
 
 # ------------------------------------------------------------------------------ your own algorithm
 def own_values(script, folder):
-    """Learning rate, β (None without one) and the budget's flags of a script, from a short run."""
+    """Learning rate, name and value of β or τ (None if neither), budget's flags, by a short run."""
     jobs = [({"script": script, "num_updates": 1, "eval_prompts": 4}, folder / "first")]
     for _, place, _, code in run_all(jobs, 1):
         if found := problem(place, code):

@@ -39,6 +39,14 @@ def scripts(tmp_path_factory):
     return folder
 
 
+def test_changed_scripts_are_as_neat_as_the_originals(scripts):
+    for command in ("check", "format --check"):
+        ruff = [sys.executable, "-m", "ruff", *command.split(), "--no-cache"]
+        ruff += ["--config", ROOT / "pyproject.toml", *scripts.glob("*.py")]
+        said = subprocess.run(ruff, capture_output=True, text=True)
+        assert said.returncode == 0, said.stdout
+
+
 def test_the_example_of_data_reads_a_csv_file(scripts, tmp_path):
     rows = [f'"How many are {n} and, well, one?",{n + 1}' for n in range(100)]
     (tmp_path / "sums.csv").write_text("\n".join(["question,answer", *rows]))

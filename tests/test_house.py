@@ -4,6 +4,8 @@ import ast
 import difflib
 import io
 import re
+import subprocess
+import sys
 import tokenize
 
 import pytest
@@ -95,3 +97,15 @@ def test_every_setting_has_a_default_and_a_help_comment_and_is_read(name):
     for field, _, default, help_comment in fields(name):
         assert help_comment and field in read, field
         assert default is not None or name not in TRAINING, field
+
+
+def test_importing_the_scripts_does_nothing(tmp_path):
+    names = ", ".join(name.removesuffix(".py") for name in SCRIPTS)
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {names}",
+    ]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
