@@ -15,7 +15,6 @@ model = AutoModelForSequenceClassification.from_pretrained(FOLDER, dtype=torch.f
 @torch.no_grad()
 def scores(prompts, responses):
     """Scores of the reward model, for responses that have all ended."""
-    model.config.pad_token_id = tokenizer.eos_token_id
     found = []
     for prompt, response in zip(prompts, responses):
         ids = tokenizer(prompt).input_ids + tokenizer(response).input_ids

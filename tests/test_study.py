@@ -1,5 +1,6 @@
 """The study: tables are the stored results, runs those of the settings, your script is ranked."""
 
+import importlib
 import json
 import os
 import re
@@ -13,11 +14,13 @@ from statistics import mean
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "study"))
+sys.path[:0] = [str(ROOT), str(ROOT / "study")]
 import figures  # noqa: E402
 import models  # noqa: E402
 import settings  # noqa: E402
 import variance  # noqa: E402
+
+import p3o_v2  # noqa: E402
 
 FIGURES = {f"{name}.png" for name in "frontier frontier_gold seeds epochs labels rewards".split()}
 
@@ -132,6 +135,21 @@ def test_pairs_are_tinys_with_the_labels_that_are_asked_for(tmp_path):
         pairs = zip(found[by_gold, 0], found[by_gold, 30])
         changed = [(a, b) for a, b in pairs if a != b]
         assert len(changed) == 60 and all(a["chosen"] == b["rejected"] for a, b in changed)
+
+
+def test_shifted_rewards_are_the_reward_models_scores_plus_one_number_a_prompt():
+    rewards = importlib.import_module("rewards")  # loads its model
+    rows = [json.loads(line) for line in open(ROOT / "tiny/data/test.jsonl")][:6]
+    prompts = [row["prompt"] for row in rows for _ in range(2)]
+    responses = [row[key] for row in rows for key in ("chosen", "rejected")]
+    tensor, end = rewards.torch.tensor, [rewards.tokenizer.eos_token_id]
+    xs = [tensor(ids) for ids in rewards.tokenizer(prompts).input_ids]
+    ys = [[tensor(ids + end)] for ids in rewards.tokenizer(responses).input_ids]
+    with rewards.torch.no_grad():
+        expected = p3o_v2.response_scores(rewards.model, xs, ys).flatten().tolist()
+    assert rewards.scores(prompts, responses) == pytest.approx(expected, abs=1e-4)
+    shifts = [b - a for a, b in zip(expected, rewards.shift_10(prompts, responses))]
+    assert shifts[::2] == pytest.approx(shifts[1::2], abs=1e-3) and len({*shifts}) > 5
 
 
 def test_variances_are_those_of_drawn_samples_and_without_shift():
