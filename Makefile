@@ -1,7 +1,7 @@
 # `make run` and `make test` need only Python 3.11+ and make: each sets up .venv first, once for every change of requirements.
 
 PYTHON ?= python3
-.PHONY: run test tiny
+.PHONY: install run test tiny
 
 run: .venv/.run
 	@echo
@@ -13,6 +13,8 @@ run: .venv/.run
 	@echo "  win_rate_vs_sft  how often the reward model prefers the response to the SFT policy's"
 	@echo
 	.venv/bin/python p3o_v2.py --overwrite
+
+install: .venv/.run
 
 test: .venv/.test
 	.venv/bin/ruff check .

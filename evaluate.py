@@ -137,19 +137,18 @@ def first_run(policies):
     return {}
 
 
-def defaults_of(policies):
-    """Args with the settings and the models of the first run among the policies."""
-    args = Args(policies)
-    record = first_run(policies)
+def with_defaults(args):
+    """Args with the settings and the models of the first run among the policies as defaults."""
+    record = first_run(args.policies)
     for name in OF_THE_RUN:
         setattr(args, name, record.get(name, getattr(args, name)))
-    if not record and "tiny" in policies:
+    if not record and "tiny" in args.policies:
         args.dataset = "tiny"
     args.reference = record.get("policy", "")
-    if record.get("reward_fn"):
-        print(f"The first run used {record['reward_fn']}: to use it here, pass --reward-fn.")
-    else:
+    if not record.get("reward_fn"):
         args.reward_model = record.get("reward", "")
+    elif not args.reward_fn:
+        print(f"The first run used {record['reward_fn']}: to use it here, pass --reward-fn.")
     return args
 
 
@@ -182,7 +181,7 @@ def load_model(auto_class, name, device, args, trainable=False):
             name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
     except Exception as error:  # the libraries raise many kinds
-        raise UserError(f"model {name}: {error}") from error
+        raise UserError(f"cannot load {name}, a folder or a hub id: {error}") from error
     if info["missing_keys"]:
         raise UserError(
             f"{name} is not a complete {auto_class.__name__}: no {sorted(info['missing_keys'])}"
@@ -284,7 +283,7 @@ def load_prompts(tokenizer, longest, args):
         PartialState().print(
             f"{name:13} {len(kept)} prompts. Dropped from {len(split)} rows: "
             f"{len(split) - len(unique)} duplicate prompts, "
-            f"{len(unique) - len(texts)} empty, held out or news articles, "
+            f"{len(unique) - len(texts)} empty, held out or (tldr) news articles, "
             f"{len(ids) - len(kept)} longer than {longest} tokens"
         )
         if not kept:
@@ -325,7 +324,9 @@ def text_rewards(function, tokenizer, prompts, responses):
     rewards = function([row["prompt"] for row in rows], [row["response"] for row in rows])
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     if rewards.shape != (len(rows),) or not rewards.isfinite().all():
-        raise UserError(f"the reward function returned {rewards}, not {len(rows)} finite numbers")
+        raise UserError(
+            f"{len(rows)} responses got {rewards.numel()} scores, {rewards.isfinite().sum()} finite"
+        )
     return rewards.view(len(prompts), -1)
 
 
@@ -340,9 +341,11 @@ def load_rewards(reward_name, tokenizer, device, args):
     elif reward_name:
         model = load_model(AutoModelForSequenceClassification, reward_name, device, args)
         vocabulary = AutoTokenizer.from_pretrained(reward_name).get_vocab()
-        same = tokenizer.get_vocab().items() <= vocabulary.items()
-        if model.config.num_labels != 1 or not same:
-            raise UserError(f"{reward_name} must have one output and the policy's tokenizer")
+        if model.config.num_labels != 1 or not tokenizer.get_vocab().items() <= vocabulary.items():
+            raise UserError(
+                f"{reward_name} must have one output (it has {model.config.num_labels}) and the "
+                "policy's tokenizer; use docs/examples/classifier.py for another tokenizer"
+            )
         score = partial(response_scores, model)
         functions["reward"] = partial(in_batches, score, batch_size=args.micro_batch_size)
     gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
@@ -672,7 +675,7 @@ if __name__ == "__main__":
     datasets.disable_progress_bars()
     parse = partial(tyro.cli, Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        main(parse(default=defaults_of(parse().policies)))
+        main(parse(default=with_defaults(parse())))
     except (UserError, OSError, ImportError) as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -113,7 +113,7 @@ class Args:
     max_response_tokens: int = 128  # longer responses are cut
     # Sizes, over all processes unless noted
     num_updates: int = 0  # updates (0: online scripts 1000, tiny 60; others by --data-epochs)
-    prompts_per_update: int = 32  # prompts to sample responses to in an update
+    prompts_per_update: int = 32  # prompts per update, each with K responses
     num_responses: int = 4  # responses per prompt, K
     num_epochs: int = 4  # passes over the responses of an update
     minibatch_size: int = 8  # prompts (offline: examples) per optimizer step
@@ -148,7 +148,7 @@ PUBLIC_MODELS = {
 }
 LOGS = ("metrics.jsonl", "frontier.jsonl", "samples.jsonl")
 CHECKPOINT = f"checkpoint-{'[0-9]' * 6}"  # a glob pattern
-MAY_BE_ZERO = (
+MAY_BE_ZERO = (  # all other numbers must be above 0
     "seed save_every eval_every unfrozen_layers weight_decay max_grad_norm missing_eos_penalty "
     "beta clip_range"
 ).split()
@@ -400,7 +400,7 @@ def load_model(auto_class, name, device, args, trainable=False):
             name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
     except Exception as error:  # the libraries raise many kinds
-        raise UserError(f"model {name}: {error}") from error
+        raise UserError(f"cannot load {name}, a folder or a hub id: {error}") from error
     if info["missing_keys"]:
         raise UserError(
             f"{name} is not a complete {auto_class.__name__}: no {sorted(info['missing_keys'])}"
@@ -502,7 +502,7 @@ def load_prompts(tokenizer, longest, args):
         PartialState().print(
             f"{name:13} {len(kept)} prompts. Dropped from {len(split)} rows: "
             f"{len(split) - len(unique)} duplicate prompts, "
-            f"{len(unique) - len(texts)} empty, held out or news articles, "
+            f"{len(unique) - len(texts)} empty, held out or (tldr) news articles, "
             f"{len(ids) - len(kept)} longer than {longest} tokens"
         )
         if not kept:
@@ -543,7 +543,9 @@ def text_rewards(function, tokenizer, prompts, responses):
     rewards = function([row["prompt"] for row in rows], [row["response"] for row in rows])
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     if rewards.shape != (len(rows),) or not rewards.isfinite().all():
-        raise UserError(f"the reward function returned {rewards}, not {len(rows)} finite numbers")
+        raise UserError(
+            f"{len(rows)} responses got {rewards.numel()} scores, {rewards.isfinite().sum()} finite"
+        )
     return rewards.view(len(prompts), -1)
 
 
@@ -558,9 +560,11 @@ def load_rewards(reward_name, tokenizer, device, args):
     elif reward_name:
         model = load_model(AutoModelForSequenceClassification, reward_name, device, args)
         vocabulary = AutoTokenizer.from_pretrained(reward_name).get_vocab()
-        same = tokenizer.get_vocab().items() <= vocabulary.items()
-        if model.config.num_labels != 1 or not same:
-            raise UserError(f"{reward_name} must have one output and the policy's tokenizer")
+        if model.config.num_labels != 1 or not tokenizer.get_vocab().items() <= vocabulary.items():
+            raise UserError(
+                f"{reward_name} must have one output (it has {model.config.num_labels}) and the "
+                "policy's tokenizer; use docs/examples/classifier.py for another tokenizer"
+            )
         score = partial(response_scores, model)
         functions["reward"] = partial(in_batches, score, batch_size=args.micro_batch_size)
     gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")
@@ -586,7 +590,7 @@ def find_checkpoint(folder, record, args):
     for key, value in json.loads(json.dumps(record)).items():  # tuples become lists
         if key not in MAY_CHANGE and saved.get(key) != value:
             raise UserError(
-                f"{folder} has a run with {key} {saved.get(key)}, not {value}: change --output-dir"
+                f"{folder} has a run with {key} {saved.get(key)}: pass it, or another --output-dir"
             )
     return max(folder.glob(f"{CHECKPOINT}.pt"), default=None)
 
@@ -689,8 +693,8 @@ def main(args):
     reward_name = args.reward_fn or args.reward_model or find_model("reward_model", args)
     if not reward_name:
         raise UserError(
-            f"no reward for --model {args.model} --dataset {args.dataset}: run sft.py and "
-            f"reward_model.py for them, or pass --reward-model or --reward-fn"
+            f"no reward for {args.model}, {args.dataset}{'' if TINY.is_dir() else f' (no {TINY})'}"
+            ": run sft.py and reward_model.py for them, or pass --reward-model or --reward-fn"
         )
     record = {"script": SCRIPT, "policy": policy_name, "reward": reward_name, **asdict(args)}
     saved = find_checkpoint(folder, record, args)
@@ -856,6 +860,6 @@ if __name__ == "__main__":
     datasets.disable_progress_bars()
     try:
         main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    except (UserError, OSError) as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        print(f"{SCRIPT}.py: {str(error) or 'stopped; to go on, pass --resume'}", file=sys.stderr)
         sys.exit(2)

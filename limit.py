@@ -171,7 +171,7 @@ def load_model(auto_class, name, device, args, trainable=False):
             name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
     except Exception as error:  # the libraries raise many kinds
-        raise UserError(f"model {name}: {error}") from error
+        raise UserError(f"cannot load {name}, a folder or a hub id: {error}") from error
     if info["missing_keys"]:
         raise UserError(
             f"{name} is not a complete {auto_class.__name__}: no {sorted(info['missing_keys'])}"
@@ -273,7 +273,7 @@ def load_prompts(tokenizer, longest, args):
         PartialState().print(
             f"{name:13} {len(kept)} prompts. Dropped from {len(split)} rows: "
             f"{len(split) - len(unique)} duplicate prompts, "
-            f"{len(unique) - len(texts)} empty, held out or news articles, "
+            f"{len(unique) - len(texts)} empty, held out or (tldr) news articles, "
             f"{len(ids) - len(kept)} longer than {longest} tokens"
         )
         if not kept:
@@ -314,7 +314,9 @@ def text_rewards(function, tokenizer, prompts, responses):
     rewards = function([row["prompt"] for row in rows], [row["response"] for row in rows])
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     if rewards.shape != (len(rows),) or not rewards.isfinite().all():
-        raise UserError(f"the reward function returned {rewards}, not {len(rows)} finite numbers")
+        raise UserError(
+            f"{len(rows)} responses got {rewards.numel()} scores, {rewards.isfinite().sum()} finite"
+        )
     return rewards.view(len(prompts), -1)
 
 
@@ -329,9 +331,11 @@ def load_rewards(reward_name, tokenizer, device, args):
     elif reward_name:
         model = load_model(AutoModelForSequenceClassification, reward_name, device, args)
         vocabulary = AutoTokenizer.from_pretrained(reward_name).get_vocab()
-        same = tokenizer.get_vocab().items() <= vocabulary.items()
-        if model.config.num_labels != 1 or not same:
-            raise UserError(f"{reward_name} must have one output and the policy's tokenizer")
+        if model.config.num_labels != 1 or not tokenizer.get_vocab().items() <= vocabulary.items():
+            raise UserError(
+                f"{reward_name} must have one output (it has {model.config.num_labels}) and the "
+                "policy's tokenizer; use docs/examples/classifier.py for another tokenizer"
+            )
         score = partial(response_scores, model)
         functions["reward"] = partial(in_batches, score, batch_size=args.micro_batch_size)
     gold_fn = args.gold_fn or (f"{TINY}/gold.py:gold_reward" if args.dataset == "tiny" else "")

@@ -289,7 +289,7 @@ def main(args):
                 cell += f", {mark}{found['share']:.0%}"
             cells.append(cell if found["reached"] else cell + " *")
         rows.append([label, str(len(numbers["seeds"])), *cells])
-    note = "± 95 % interval; * not all runs reach this KL"
+    note = "± 95 % interval; * not all runs reach this KL; markers only tell the curves apart"
     if limit:
         note += "; % of the limit's gain over the reference, ≤ where the limit is too low"
         columns = [[row[key] for row in limit["curve"]] for key in ("kl", args.value)]

@@ -663,6 +663,10 @@ def main(args):
                 is_chat = True
     if is_chat and not tokenizer:
         raise UserError(f"--tokenizer is needed: --dataset {args.dataset} holds messages")
+    if args.chat_template and not is_chat:
+        raise UserError(
+            f"--chat-template {args.chat_template}: --dataset {args.dataset} holds texts only"
+        )
     if is_chat and not tokenizer.chat_template:
         raise UserError(f"--tokenizer {args.tokenizer}: no chat template; pass --chat-template")
 
@@ -733,7 +737,7 @@ def main(args):
         file.write(json.dumps(info, ensure_ascii=False, indent=2) + "\n")
 
     # Phase 4: show
-    form = "texts, unchanged"
+    form = "texts, unchanged (only messages are rendered by a chat template)"
     if is_chat:
         form = f"messages, rendered by {args.chat_template or args.tokenizer}"
     print(f"{source}: {form}\n")

@@ -102,7 +102,7 @@ DATASETS = {
 PUBLIC_MODELS = {"sft": "trl-lib/pythia-{}-deduped-tldr-sft"}
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
 CHECKPOINT = f"checkpoint-{'[0-9]' * 6}"  # a glob pattern
-MAY_BE_ZERO = (
+MAY_BE_ZERO = (  # all other numbers must be above 0
     "seed save_every eval_every num_updates unfrozen_layers warmup_updates weight_decay "
     "max_grad_norm"
 ).split()
@@ -339,7 +339,7 @@ def load_examples(tokenizer, end_ids, longest, keys, args):
             texts = [row.get(key) for key in keys]
             if not all(isinstance(text, str) for text in texts):
                 raise UserError(
-                    f"--dataset {args.dataset} has no text columns {keys}: run prepare_data.py"
+                    f"--dataset {args.dataset} lacks a text column of {keys}: run prepare_data.py"
                 )
             if not all(texts):
                 counts["dropped: empty text or no common prompt"] += 1
@@ -360,7 +360,9 @@ def load_examples(tokenizer, end_ids, longest, keys, args):
                     tokenizer, texts[1:], end_ids, args.max_response_tokens, counts
                 )
                 examples.append((prompt, group))
-        PartialState().print(f"{name:13} {len(examples)} examples; {dict(+counts)}")
+        PartialState().print(
+            f"{name:13} {len(examples)} examples; {dict(+counts) or 'none dropped'}"
+        )
         if not examples:
             raise UserError(f"--dataset {args.dataset} has no usable {name} examples")
         parts.append(examples)
@@ -417,7 +419,7 @@ def find_checkpoint(folder, record, args):
     for key, value in json.loads(json.dumps(record)).items():  # tuples become lists
         if key not in MAY_CHANGE and saved.get(key) != value:
             raise UserError(
-                f"{folder} has a run with {key} {saved.get(key)}, not {value}: change --output-dir"
+                f"{folder} has a run with {key} {saved.get(key)}: pass it, or another --output-dir"
             )
     return max(folder.glob(f"{CHECKPOINT}.pt"), default=None)
 
@@ -622,6 +624,6 @@ if __name__ == "__main__":
     datasets.disable_progress_bars()
     try:
         main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    except (UserError, OSError) as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        print(f"{SCRIPT}.py: {str(error) or 'stopped; to go on, pass --resume'}", file=sys.stderr)
         sys.exit(2)

@@ -90,7 +90,7 @@ TINY = Path(__file__).parent / "tiny"
 DATASETS = {"tiny": str(TINY / "data"), "hh": "Anthropic/hh-rlhf", "tldr": "trl-lib/tldr"}
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
 CHECKPOINT = f"checkpoint-{'[0-9]' * 6}"  # a glob pattern
-MAY_BE_ZERO = (
+MAY_BE_ZERO = (  # all other numbers must be above 0
     "seed save_every eval_every num_updates unfrozen_layers warmup_updates weight_decay "
     "max_grad_norm"
 ).split()
@@ -194,7 +194,7 @@ def load_model(auto_class, name, device, args, trainable=False):
             name, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
     except Exception as error:  # the libraries raise many kinds
-        raise UserError(f"model {name}: {error}") from error
+        raise UserError(f"cannot load {name}, a folder or a hub id: {error}") from error
     if info["missing_keys"]:
         raise UserError(
             f"{name} is not a complete {auto_class.__name__}: no {sorted(info['missing_keys'])}"
@@ -317,7 +317,7 @@ def load_examples(tokenizer, end_ids, longest, keys, args):
             texts = [row.get(key) for key in keys]
             if not all(isinstance(text, str) for text in texts):
                 raise UserError(
-                    f"--dataset {args.dataset} has no text columns {keys}: run prepare_data.py"
+                    f"--dataset {args.dataset} lacks a text column of {keys}: run prepare_data.py"
                 )
             if not all(texts):
                 counts["dropped: empty text or no common prompt"] += 1
@@ -338,7 +338,9 @@ def load_examples(tokenizer, end_ids, longest, keys, args):
                     tokenizer, texts[1:], end_ids, args.max_response_tokens, counts
                 )
                 examples.append((prompt, group))
-        PartialState().print(f"{name:13} {len(examples)} examples; {dict(+counts)}")
+        PartialState().print(
+            f"{name:13} {len(examples)} examples; {dict(+counts) or 'none dropped'}"
+        )
         if not examples:
             raise UserError(f"--dataset {args.dataset} has no usable {name} examples")
         parts.append(examples)
@@ -395,7 +397,7 @@ def find_checkpoint(folder, record, args):
     for key, value in json.loads(json.dumps(record)).items():  # tuples become lists
         if key not in MAY_CHANGE and saved.get(key) != value:
             raise UserError(
-                f"{folder} has a run with {key} {saved.get(key)}, not {value}: change --output-dir"
+                f"{folder} has a run with {key} {saved.get(key)}: pass it, or another --output-dir"
             )
     return max(folder.glob(f"{CHECKPOINT}.pt"), default=None)
 
@@ -598,6 +600,6 @@ if __name__ == "__main__":
     datasets.disable_progress_bars()
     try:
         main(tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    except (UserError, OSError) as error:
-        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        print(f"{SCRIPT}.py: {str(error) or 'stopped; to go on, pass --resume'}", file=sys.stderr)
         sys.exit(2)

@@ -174,6 +174,8 @@ def make(runs, file, folder, workers):
     known = [row["settings"] for row in stored]
     missing = [flags for flags in runs if flags not in known]
     jobs = [(flags, folder / f"{file.stem}_{i}") for i, flags in enumerate(missing)]
+    if stored:
+        print(f"{len(stored)} of {len(runs)} runs are stored", flush=True)
     failed = []
     for flags, place, seconds, code in run_all(jobs, workers):
         words = [f"{key}={value}" for key, value in flags.items() if key not in ("script", "crc")]
@@ -222,7 +224,7 @@ def run_parts(args):
         failures += len(failed)
         models.store_facts(runs, figures.RESULTS / "made.json")
     if failures:
-        raise UserError(f"{failures} runs failed; the same command makes them again")
+        raise UserError(f"{failures} runs failed; run the same command to make them again")
 
 
 # ------------------------------------------------------------------------------ your own algorithm
@@ -231,7 +233,7 @@ def own_values(script, folder):
     jobs = [({"script": script, "num_updates": 1, "eval_prompts": 4}, folder / "first")]
     for _, place, _, code in run_all(jobs, 1):
         if found := problem(place, code):
-            raise UserError(f"{script} failed: {found}")
+            raise UserError(f"{Path(script).name} failed: {found}")
     file = folder / "first/args.json"
     record = json.loads(file.read_text()) if file.exists() else {}
     if "learning_rate" not in record:
@@ -254,6 +256,7 @@ def benchmark(args):
     if not (folder / "tiny").exists():  # scripts look for it beside them
         (folder / "tiny").symlink_to(ROOT / "tiny")
     crc = zlib.crc32(copy.read_bytes())  # an edited script starts over
+    print(f"check: one update of {script.name}", flush=True)
     rate, name, strength, flags = own_values(str(copy), folder)
     common = {"script": str(copy), "crc": crc, **flags}
 
@@ -276,7 +279,7 @@ def benchmark(args):
     stored, failed = make(runs, folder / "seeds.json", folder, args.workers)
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed; the same command makes them again"
+            f"{len(failed)} of {len(runs)} runs failed; run the same command to make them again"
         )
     curves = figures.by_script(figures.stored("budget"))
     label = f"{script.stem} (yours)" if script.stem in curves else script.stem
@@ -306,5 +309,5 @@ if __name__ == "__main__":
         print(f"run.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; run the same command to continue", file=sys.stderr)
         sys.exit(130)

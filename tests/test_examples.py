@@ -238,6 +238,5 @@ def test_a_classifier_reads_each_row_alone_in_its_own_form(kind, tmp_path, capsy
     assert score(*zip(*rows[1:2])) == pytest.approx(expected[1:2], rel=1e-5)  # whatever else
     assert len({round(x, 3) for x in expected}) == len(rows)
     assert ("1 of 3 texts cut" in capsys.readouterr().out) == (kind == "text")
-    if kind == "chat":  # the dialogue of another template
-        with pytest.raises(ValueError, match="as_read"):
-            score(["system\nBe kind.\nuser\nHi\nassistant\n"], ["Yes."])
+    with pytest.raises(SystemExit, match="as_read"):  # the dialogue of another template
+        score(["system\nBe kind.\nuser\nHi\nassistant\n"], ["Yes."])

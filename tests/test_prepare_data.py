@@ -238,6 +238,7 @@ MISTAKES = [  # the sentence names the last word
     f"--dataset messages.jsonl {OWN}",  # which has no template
     f"--dataset messages.jsonl {OWN} --chat-template t.jinja",  # which changes turns
     f"{OWN} --chat-template no.jinja",
+    f"{OWN} --chat-template t.jinja",  # for texts
     "--tokenizer full",
     "--map prompt=a",
     "--split other",

@@ -5,17 +5,19 @@ r"""A reward model with its own tokenizer, like most on the hub, for --reward-fn
 Change NAME in a copy for another model. Any sequence classifier with one output will do. What it
 reads depends on what it is:
 * with a chat template: the turns of the dialogue where the prompt has HH's form ("\n\nHuman: …"),
-  else prompt and response as one turn each. A prompt that prepare_data.py wrote with the policy's
-  chat template arrives without special tokens: `as_read` raises an error, so split it there.
+  else prompt and response as one turn each.
 * an encoder: prompt and response as a pair, as in tokenizer(x, y).
 * another decoder: prompt and response as one text, with nothing after it. Its card says whether
   that is what it was made for.
+A prompt that prepare_data.py wrote with the policy's chat template arrives without its special
+tokens. `as_read` stops there: change it to split such a prompt into turns.
 
 It reads one row at a time, so that neither other rows nor padding change a score. With several
 processes each reads the responses to its own prompts.
 """
 
 import re
+import sys
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -26,7 +28,7 @@ model = AutoModelForSequenceClassification.from_pretrained(NAME, dtype=torch.flo
 if torch.cuda.is_available():
     model.to("cuda")  # the device of this process
 if model.config.num_labels != 1:
-    raise ValueError(f"{NAME} has {model.config.num_labels} outputs, expected 1, a score")
+    sys.exit(f"{NAME} has {model.config.num_labels} outputs, expected one, the score")
 # Without padding a decoder is read at its last token, whatever that is.
 model.config.pad_token_id = None
 LONGEST = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**30))
@@ -45,12 +47,12 @@ read = pipeline(
 
 def as_read(prompt, response):
     """A row in the form that the model reads."""
+    if re.match(r"\s*(system|user)\n", prompt):
+        sys.exit(
+            f"{__file__}: prompts are in the policy's chat template; change as_read to split them "
+            f"into turns: {prompt[:60]!r}"
+        )
     if tokenizer.chat_template:
-        if re.match(r"\s*(system|user)\n", prompt):
-            raise ValueError(
-                "the prompt is a dialogue as the policy's template wrote it: "
-                "let as_read take it apart"
-            )
         turns = ["Human", prompt, "Assistant", response]
         if prompt.startswith("\n\nHuman:"):
             turns = re.split(r"\n\n(Human|Assistant):", prompt + response)[1:]
