@@ -489,7 +489,7 @@ def text_rewards(function, tokenizer, prompts, responses):
     """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
     rows = decode_texts(tokenizer, prompts, responses)
     rewards = function([row["prompt"] for row in rows], [row["response"] for row in rows])
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    rewards = torch.as_tensor(rewards).float()
     if rewards.shape != (len(rows),) or not rewards.isfinite().all():
         raise UserError(
             f"{len(rows)} responses got {rewards.numel()} scores, {rewards.isfinite().sum()} finite"
@@ -552,7 +552,7 @@ def find_checkpoint(folder, record, args):
     saved = json.loads(file.read_text()) if file.is_file() else {}
     if "script" not in saved and any(folder.glob("*")):
         raise UserError(f"{folder} is not empty and not a run: pass another --output-dir")
-    if not saved or args.overwrite:
+    if not saved or args.overwrite and not args.resume:
         return None
     if not args.resume:
         raise UserError(f"{folder} holds a run: pass --resume, --overwrite or --output-dir")
@@ -663,7 +663,7 @@ def main(args):
         f"reward        {reward_name or 'none'} (only for evaluation)\n"
         f"dataset       {args.dataset}\n"
         f"learning rate {args.learning_rate:g}\n"
-        f"run folder    {folder}{', resumed' if saved else ''}"
+        f"run folder    {folder}{f', resumed from {saved.name}' if saved else ''}"
     )
 
     # Policy, reference, rewards and pairs

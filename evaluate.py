@@ -287,7 +287,9 @@ def load_prompts(tokenizer, longest, args):
             f"{len(ids) - len(kept)} longer than {longest} tokens"
         )
         if not kept:
-            raise UserError(f"--dataset {args.dataset} has no {name} prompts that can be used")
+            raise UserError(
+                f"--dataset {args.dataset} has no {name} prompts of up to {longest} tokens"
+            )
         prompts.append(kept)
     return prompts
 
@@ -322,7 +324,7 @@ def text_rewards(function, tokenizer, prompts, responses):
     """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
     rows = decode_texts(tokenizer, prompts, responses)
     rewards = function([row["prompt"] for row in rows], [row["response"] for row in rows])
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    rewards = torch.as_tensor(rewards).float()
     if rewards.shape != (len(rows),) or not rewards.isfinite().all():
         raise UserError(
             f"{len(rows)} responses got {rewards.numel()} scores, {rewards.isfinite().sum()} finite"
@@ -611,7 +613,7 @@ def print_answers(prompts, texts, values, args):
 def main(args):
     check_numbers(args)
     if not args.policies or not args.dataset:
-        raise UserError("no policies, or no --dataset and neither a run nor tiny among them")
+        raise UserError(f"no run and not tiny among {list(args.policies)}: pass --dataset")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.dtype == "auto":
         args.dtype = "float32" if device.type == "cpu" else "bfloat16"

@@ -277,7 +277,9 @@ def load_prompts(tokenizer, longest, args):
             f"{len(ids) - len(kept)} longer than {longest} tokens"
         )
         if not kept:
-            raise UserError(f"--dataset {args.dataset} has no {name} prompts that can be used")
+            raise UserError(
+                f"--dataset {args.dataset} has no {name} prompts of up to {longest} tokens"
+            )
         prompts.append(kept)
     return prompts
 
@@ -312,7 +314,7 @@ def text_rewards(function, tokenizer, prompts, responses):
     """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
     rows = decode_texts(tokenizer, prompts, responses)
     rewards = function([row["prompt"] for row in rows], [row["response"] for row in rows])
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    rewards = torch.as_tensor(rewards).float()
     if rewards.shape != (len(rows),) or not rewards.isfinite().all():
         raise UserError(
             f"{len(rows)} responses got {rewards.numel()} scores, {rewards.isfinite().sum()} finite"

@@ -506,7 +506,9 @@ def load_prompts(tokenizer, longest, args):
             f"{len(ids) - len(kept)} longer than {longest} tokens"
         )
         if not kept:
-            raise UserError(f"--dataset {args.dataset} has no {name} prompts that can be used")
+            raise UserError(
+                f"--dataset {args.dataset} has no {name} prompts of up to {longest} tokens"
+            )
         prompts.append(kept)
     return prompts
 
@@ -541,7 +543,7 @@ def text_rewards(function, tokenizer, prompts, responses):
     """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
     rows = decode_texts(tokenizer, prompts, responses)
     rewards = function([row["prompt"] for row in rows], [row["response"] for row in rows])
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    rewards = torch.as_tensor(rewards).float()
     if rewards.shape != (len(rows),) or not rewards.isfinite().all():
         raise UserError(
             f"{len(rows)} responses got {rewards.numel()} scores, {rewards.isfinite().sum()} finite"
@@ -583,7 +585,7 @@ def find_checkpoint(folder, record, args):
     saved = json.loads(file.read_text()) if file.is_file() else {}
     if "script" not in saved and any(folder.glob("*")):
         raise UserError(f"{folder} is not empty and not a run: pass another --output-dir")
-    if not saved or args.overwrite:
+    if not saved or args.overwrite and not args.resume:
         return None
     if not args.resume:
         raise UserError(f"{folder} holds a run: pass --resume, --overwrite or --output-dir")
@@ -685,7 +687,7 @@ def main(args):
         raise UserError(
             f"--num-responses {K} must be at least 2, --prompts-per-update "
             f"{args.prompts_per_update} a multiple of --minibatch-size {args.minibatch_size}, and "
-            f"that a multiple of the {world} processes"
+            f"--minibatch-size a multiple of the number of processes, {world}"
         )
 
     # Run folder
@@ -703,7 +705,7 @@ def main(args):
         f"reward        {reward_name}\n"
         f"dataset       {args.dataset}\n"
         f"learning rate {args.learning_rate:g}, {args.num_updates} updates\n"
-        f"run folder    {folder}{', resumed' if saved else ''}"
+        f"run folder    {folder}{f', resumed from {saved.name}' if saved else ''}"
     )
 
     # Policy, reference, rewards and prompts
@@ -795,7 +797,7 @@ def main(args):
             lengths, ended = lengths_and_ends(responses, end_ids, device)
             rewards = scores - args.missing_eos_penalty * (1 - ended)
             rewards = rewards.float().double()  # so that the mean of equal rewards is exact
-            rewards = rewards - rewards.mean(1, keepdim=True)
+            rewards -= rewards.mean(1, keepdim=True)
             state["square_sum"] += accelerator.reduce(rewards.square().sum()).item()
             state["count"] += args.prompts_per_update * (K - 1)  # degrees of freedom
             scale = (state["square_sum"] / state["count"]) ** 0.5 or 1.0

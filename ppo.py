@@ -610,7 +610,9 @@ def load_prompts(tokenizer, longest, args):
             f"{len(ids) - len(kept)} longer than {longest} tokens"
         )
         if not kept:
-            raise UserError(f"--dataset {args.dataset} has no {name} prompts that can be used")
+            raise UserError(
+                f"--dataset {args.dataset} has no {name} prompts of up to {longest} tokens"
+            )
         prompts.append(kept)
     return prompts
 
@@ -645,7 +647,7 @@ def text_rewards(function, tokenizer, prompts, responses):
     """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
     rows = decode_texts(tokenizer, prompts, responses)
     rewards = function([row["prompt"] for row in rows], [row["response"] for row in rows])
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    rewards = torch.as_tensor(rewards).float()
     if rewards.shape != (len(rows),) or not rewards.isfinite().all():
         raise UserError(
             f"{len(rows)} responses got {rewards.numel()} scores, {rewards.isfinite().sum()} finite"
@@ -687,7 +689,7 @@ def find_checkpoint(folder, record, args):
     saved = json.loads(file.read_text()) if file.is_file() else {}
     if "script" not in saved and any(folder.glob("*")):
         raise UserError(f"{folder} is not empty and not a run: pass another --output-dir")
-    if not saved or args.overwrite:
+    if not saved or args.overwrite and not args.resume:
         return None
     if not args.resume:
         raise UserError(f"{folder} holds a run: pass --resume, --overwrite or --output-dir")
@@ -788,7 +790,7 @@ def main(args):
     if args.prompts_per_update % args.minibatch_size or args.minibatch_size % world:
         raise UserError(
             f"--prompts-per-update {args.prompts_per_update} must be a multiple of "
-            f"--minibatch-size {args.minibatch_size}, and that a multiple of the {world} processes"
+            f"--minibatch-size {args.minibatch_size}, and that of the number of processes, {world}"
         )
 
     # Run folder
@@ -806,7 +808,7 @@ def main(args):
         f"reward        {reward_name}\n"
         f"dataset       {args.dataset}\n"
         f"learning rate {args.learning_rate:g}, {args.num_updates} updates\n"
-        f"run folder    {folder}{', resumed' if saved else ''}"
+        f"run folder    {folder}{f', resumed from {saved.name}' if saved else ''}"
     )
 
     # Policy, reference, value model, rewards and prompts

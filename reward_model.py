@@ -412,7 +412,7 @@ def find_checkpoint(folder, record, args):
     saved = json.loads(file.read_text()) if file.is_file() else {}
     if "script" not in saved and any(folder.glob("*")):
         raise UserError(f"{folder} is not empty and not a run: pass another --output-dir")
-    if not saved or args.overwrite:
+    if not saved or args.overwrite and not args.resume:
         return None
     if not args.resume:
         raise UserError(f"{folder} holds a run: pass --resume, --overwrite or --output-dir")
@@ -500,7 +500,7 @@ def main(args):
         f"model         {policy_name}, with a new scalar head\n"
         f"dataset       {args.dataset}\n"
         f"learning rate {args.learning_rate:g}\n"
-        f"run folder    {folder}{', resumed' if saved else ''}"
+        f"run folder    {folder}{f', resumed from {saved.name}' if saved else ''}"
     )
 
     # Reward model and data

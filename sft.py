@@ -10,7 +10,7 @@ Prompt tokens have no loss.
 
     python sft.py                                           # built-in tiny world, 1 minute on a CPU
     python sft.py --model pythia-1b                         # TL;DR, one GPU
-    python sft.py --model DIR --dataset DATA.jsonl          # columns prompt and completion
+    python sft.py --model DIR --dataset DATA.jsonl          # columns prompt, completion (or chosen)
 
 Shapes: B prompts, N responses, T response tokens, V vocabulary, D hidden size. A prompt or a
 response is a 1-D tensor of token ids without padding; `responses` is a list of B lists of K = 1
@@ -390,7 +390,7 @@ def find_checkpoint(folder, record, args):
     saved = json.loads(file.read_text()) if file.is_file() else {}
     if "script" not in saved and any(folder.glob("*")):
         raise UserError(f"{folder} is not empty and not a run: pass another --output-dir")
-    if not saved or args.overwrite:
+    if not saved or args.overwrite and not args.resume:
         return None
     if not args.resume:
         raise UserError(f"{folder} holds a run: pass --resume, --overwrite or --output-dir")
@@ -480,7 +480,7 @@ def main(args):
         f"model         {policy_name}\n"
         f"dataset       {args.dataset}\n"
         f"learning rate {args.learning_rate:g}\n"
-        f"run folder    {folder}{', resumed' if saved else ''}"
+        f"run folder    {folder}{f', resumed from {saved.name}' if saved else ''}"
     )
 
     # Policy and data
