@@ -71,12 +71,23 @@ def by_pair(runs):
     return groups(runs, "learning_rate", "beta")
 
 
+def with_same_seeds(part, others):
+    """Runs of a part, and those of the others that have one of its seeds."""
+    runs = stored(part)
+    seeds = {run["settings"]["seed"] for run in runs}
+    return runs + [run for run in others if run["settings"]["seed"] in seeds]
+
+
 def off_policy():
     """Runs of the part `epochs`, and those of `budget` with the same setting and 4 epochs."""
     same = by_pair(stored("budget")).get(settings.FOUND["p3o_v2"], [])
-    return stored("epochs") + [
-        run for run in same if run["settings"]["script"] in ("p3o_v2", "rloo")
-    ]
+    compared = [run for run in same if run["settings"]["script"] in ("p3o_v2", "rloo")]
+    return with_same_seeds("epochs", compared)
+
+
+def translated():
+    """Runs of the part `translation`, and those of `budget` without δ."""
+    return with_same_seeds("translation", stored("budget"))
 
 
 def limit_gain(kl, key="reward"):
@@ -286,6 +297,7 @@ PARTS_OF = {  # tables of several parts
     "epochs": ("epochs", "budget"),
     "gold": ("grid", "seeds"),
 }
+CHOSEN = {"translation": translated, "epochs": off_policy}  # which of their runs
 
 
 def origin(part):
@@ -306,8 +318,8 @@ def markdown(name):
         text = TABLES[name]()
     else:
         keys, columns = TABLES[name]
-        runs = [run for part in parts for run in stored(part)]
-        found = groups(off_policy() if name == "epochs" else runs, *keys.values())
+        runs = CHOSEN[name]() if name in CHOSEN else [run for part in parts for run in stored(part)]
+        found = groups(runs, *keys.values())
         rows = [
             [*key, *(cells(group) for cells in columns.values())] for key, group in found.items()
         ]
