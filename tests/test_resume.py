@@ -20,7 +20,7 @@ NOT_RENAMED = ((KILL, "os.rename", "000002.part"), -signal.SIGKILL, ["000001.pt"
 KEPT = ["000001.pt", "000002.pt"]
 MOMENTS = [  # a line, an event and a file; the exit code; the checkpoints that are left
     FIRST_SAVE,
-    ((KILL.replace("KILL", "INT"), "os.rename", "000001.part"), 2, FIRST_SAVE[2]),  # Ctrl-C
+    (("raise KeyboardInterrupt", "os.rename", "000001.part"), 2, FIRST_SAVE[2]),  # Ctrl-C
     NOT_RENAMED,
     ((FULL.format(50), "os.truncate", "samples.jsonl"), 1, NOT_RENAMED[2]),
     ((KILL, "os.remove", "000001.pt"), -signal.SIGKILL, KEPT),
