@@ -107,6 +107,14 @@ def test_files_of_the_user_stay_in_the_run_folder(option, flags, finished, tmp_p
     assert {path: after.get(path) for path in mine} == mine
 
 
+def test_both_options_resume_and_an_overwritten_run_loses_its_model(flags, finished, tmp_path):
+    folder = shutil.copytree(finished("p3o_v2"), tmp_path / "run")
+    options = [*flags["p3o_v2"], "--overwrite"]
+    assert "resumed" in run("p3o_v2", *options, "--resume", cwd=tmp_path)
+    stop(FIRST_SAVE, "p3o_v2", options, tmp_path)
+    assert not (folder / "model").exists()
+
+
 OTHERWISE = [  # script, flags, what the sentence names
     *[(script, "--resume --seed 2", "seed") for script in EVERY],
     ("p3o_v2", "", "--resume"),
