@@ -486,13 +486,13 @@ def decode_texts(tokenizer, prompts, responses):
 
 @torch.autocast("cuda", enabled=False)  # a user's model keeps its precision
 def text_rewards(function, tokenizer, prompts, responses):
-    """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
+    """Rewards [B, K] by a user's function of texts. Raises UserError unless each is one number."""
     rows = decode_texts(tokenizer, prompts, responses)
     rewards = function([row["prompt"] for row in rows], [row["response"] for row in rows])
     rewards = torch.as_tensor(rewards).float()
     if rewards.shape != (len(rows),) or not rewards.isfinite().all():
         raise UserError(
-            f"{len(rows)} responses got {rewards.numel()} scores, {rewards.isfinite().sum()} finite"
+            f"{len(rows)} responses, scores {[*rewards.shape]}, {rewards.isfinite().sum()} finite"
         )
     return rewards.view(len(prompts), -1)
 
@@ -546,7 +546,8 @@ def clip_gradients(accelerator, model, max_norm):
 def find_checkpoint(folder, record, args):
     """The checkpoint to resume from, or None to start from scratch. Writes nothing.
 
-    Raises UserError if the folder holds anything but a run, or a run with other settings.
+    Raises UserError if the folder holds anything but a run, a run with other settings, or one that
+    is to be neither resumed nor replaced.
     """
     file = folder / "args.json"
     saved = json.loads(file.read_text()) if file.is_file() else {}
@@ -559,7 +560,7 @@ def find_checkpoint(folder, record, args):
     for key, value in json.loads(json.dumps(record)).items():  # tuples become lists
         if key not in MAY_CHANGE and saved.get(key) != value:
             raise UserError(
-                f"{folder} has a run with {key} {saved.get(key)}: pass it, or another --output-dir"
+                f"{folder} has {key} {saved.get(key)}, not {value}: keep it or change --output-dir"
             )
     return max(folder.glob(f"{CHECKPOINT}.pt"), default=None)
 

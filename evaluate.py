@@ -321,13 +321,13 @@ def decode_texts(tokenizer, prompts, responses):
 
 @torch.autocast("cuda", enabled=False)  # a user's model keeps its precision
 def text_rewards(function, tokenizer, prompts, responses):
-    """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
+    """Rewards [B, K] by a user's function of texts. Raises UserError unless each is one number."""
     rows = decode_texts(tokenizer, prompts, responses)
     rewards = function([row["prompt"] for row in rows], [row["response"] for row in rows])
     rewards = torch.as_tensor(rewards).float()
     if rewards.shape != (len(rows),) or not rewards.isfinite().all():
         raise UserError(
-            f"{len(rows)} responses got {rewards.numel()} scores, {rewards.isfinite().sum()} finite"
+            f"{len(rows)} responses, scores {[*rewards.shape]}, {rewards.isfinite().sum()} finite"
         )
     return rewards.view(len(prompts), -1)
 
@@ -613,7 +613,9 @@ def print_answers(prompts, texts, values, args):
 def main(args):
     check_numbers(args)
     if not args.policies or not args.dataset:
-        raise UserError(f"no run and not tiny among {list(args.policies)}: pass --dataset")
+        raise UserError(
+            f"policies {list(args.policies)}: pass some, and --dataset if none is a run or tiny"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.dtype == "auto":
         args.dtype = "float32" if device.type == "cpu" else "bfloat16"

@@ -311,13 +311,13 @@ def decode_texts(tokenizer, prompts, responses):
 
 @torch.autocast("cuda", enabled=False)  # a user's model keeps its precision
 def text_rewards(function, tokenizer, prompts, responses):
-    """Rewards [B, K] by a user's function of texts. Raises UserError unless all are numbers."""
+    """Rewards [B, K] by a user's function of texts. Raises UserError unless each is one number."""
     rows = decode_texts(tokenizer, prompts, responses)
     rewards = function([row["prompt"] for row in rows], [row["response"] for row in rows])
     rewards = torch.as_tensor(rewards).float()
     if rewards.shape != (len(rows),) or not rewards.isfinite().all():
         raise UserError(
-            f"{len(rows)} responses got {rewards.numel()} scores, {rewards.isfinite().sum()} finite"
+            f"{len(rows)} responses, scores {[*rewards.shape]}, {rewards.isfinite().sum()} finite"
         )
     return rewards.view(len(prompts), -1)
 

@@ -384,7 +384,8 @@ def shuffled(n, total, seed):
 def find_checkpoint(folder, record, args):
     """The checkpoint to resume from, or None to start from scratch. Writes nothing.
 
-    Raises UserError if the folder holds anything but a run, or a run with other settings.
+    Raises UserError if the folder holds anything but a run, a run with other settings, or one that
+    is to be neither resumed nor replaced.
     """
     file = folder / "args.json"
     saved = json.loads(file.read_text()) if file.is_file() else {}
@@ -397,7 +398,7 @@ def find_checkpoint(folder, record, args):
     for key, value in json.loads(json.dumps(record)).items():  # tuples become lists
         if key not in MAY_CHANGE and saved.get(key) != value:
             raise UserError(
-                f"{folder} has a run with {key} {saved.get(key)}: pass it, or another --output-dir"
+                f"{folder} has {key} {saved.get(key)}, not {value}: keep it or change --output-dir"
             )
     return max(folder.glob(f"{CHECKPOINT}.pt"), default=None)
 

@@ -37,7 +37,7 @@ def around(learning_rate, beta):
 
 
 def run(script, learning_rate, beta, seed, **flags):
-    """The flags of a run. Other scripts have τ in the place of β: ipo.py."""
+    """The flags of a run. ipo.py has τ in the place of β."""
     strength = {} if beta is None else {"tau" if script == "ipo" else "beta": beta}
     return {"script": script, **flags, "learning_rate": learning_rate, **strength, "seed": seed}
 
@@ -131,7 +131,7 @@ def clipping():
 
 
 def responses():
-    """K responses of P3O-V2 to a prompt at the same number of samples, five seeds"""
+    """K responses of P3O-V2 to a prompt at about the same number of samples, five seeds"""
     runs = []
     for seed, (k, prompts, minibatch) in product(
         SEEDS, ((2, 64, 16), (3, 42, 14), (4, 32, 8), (8, 16, 4))
